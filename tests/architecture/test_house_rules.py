@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from tests.architecture.package import PACKAGE, ROOT, name_of, sources, tree
 
 LONGEST_FILE = 400
