@@ -1,0 +1,41 @@
+"""Sites, quantizers, bit-widths, plans, targets and cost: everything between numerics and the methods."""
+
+from bitsmith.quantization.batchnorm import reestimate_batchnorm
+from bitsmith.quantization.bits import BitWidth, FixedBits
+from bitsmith.quantization.cost import CostModel, measure
+from bitsmith.quantization.layers import MatMul
+from bitsmith.quantization.observe import calibrate
+from bitsmith.quantization.plan import CommitReport, Plan, PlannedSite, commit, plan_of
+from bitsmith.quantization.prepare import Coverage, parameter_groups, prepare
+from bitsmith.quantization.quantizer import Quantizer, check_calibrated, redraw, sites
+from bitsmith.quantization.scheme import FLOAT, Scheme
+from bitsmith.quantization.target import TARGETS, Target, get_target
+from bitsmith.quantization.trace import trace
+
+__all__ = [
+    "FLOAT",
+    "TARGETS",
+    "BitWidth",
+    "CommitReport",
+    "CostModel",
+    "Coverage",
+    "FixedBits",
+    "MatMul",
+    "Plan",
+    "PlannedSite",
+    "Quantizer",
+    "Scheme",
+    "Target",
+    "calibrate",
+    "check_calibrated",
+    "commit",
+    "get_target",
+    "measure",
+    "parameter_groups",
+    "plan_of",
+    "prepare",
+    "redraw",
+    "reestimate_batchnorm",
+    "sites",
+    "trace",
+]

@@ -1,0 +1,150 @@
+"""Uniform quantization as pure functions: codes, values, and the one fake quantizer that everything calls.
+
+Three affine forms are in use in the field; they differ at ties and in the gradient at the clip edges:
+
+    (i)    s * (clamp(round(x/s) + z, low, high) - z)          z integer: ONNX's QuantizeLinear, and ours
+    (ii)   s * (round(clamp(x/s + z, low, high)) - z)          z real: codes stay integers
+    (iii)  s * clamp(round((x - b)/s), low, high) + b          b real: LSQ+ as printed
+
+Ours is (i), with a constant ``half`` for grids without zero (numerics.grid): level = clamp(round(x/s - half),
+low - z, high - z) + half, value = s * level, stored code = level - half + z. A learned z is rounded in forward,
+so that what is trained is what a runtime computes.
+
+Differences from the well-known implementations. (1) x is divided by the scale, never multiplied by its
+inverse (17 % of the codes differ for inputs that lie on a grid; runtimes divide). (2) The result is the
+value itself, not x + (Q - x), which misses Q in a third of the cases. (3) "Inside the grid" means that x
+rounds to a level of it (torch's fake_quantize), where LSQ as printed uses -Qn < x/s < Qp: half a step
+narrower, and wrong for `seq`. (4) Backward saves x and the scale and computes the rest again: no second copy
+of an activation is kept. Its in-place arithmetic is what makes it cheap (an allocation costs four passes over
+memory); under torch.compile and for second derivatives the same formulas stand as expressions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitsmith.numerics.rounding import Estimator, hash_uniform, surrogate
+
+
+def quantize(
+    x: Tensor,
+    scale: Tensor,
+    low: Tensor | float,
+    high: Tensor | float,
+    half: Tensor | float = 0.0,
+    zero_point: Tensor | float = 0.0,
+) -> Tensor:
+    """Stored codes ``clamp(round(x/scale - half) + zero_point, low, high)``: integers in a float tensor."""
+    low, high = (torch.as_tensor(b, dtype=torch.float32, device=x.device) for b in (low, high))
+    return torch.clamp(torch.round(x / scale - half) + zero_point, low, high)
+
+
+def dequantize(
+    codes: Tensor, scale: Tensor, half: Tensor | float = 0.0, zero_point: Tensor | float = 0.0
+) -> Tensor:
+    """Values ``scale * (codes - zero_point + half)`` of stored codes, in float32."""
+    return scale * (codes.to(scale.dtype) - zero_point + half)
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    low: Tensor,
+    high: Tensor,
+    half: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    *,
+    estimator: Estimator = "clipped",
+    clip_only: bool = False,
+    count: int = 1,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """``dequantize(quantize(x))`` in float32 with gradients; every tensor broadcasts against x.
+
+    Gradients, with g the incoming one, u = x/scale, q the level, m = 1 where x is inside the grid, else 0:
+    - x: g * m times the estimator's factor (numerics.rounding);
+    - scale: sum of g * (q - m u), LSQ (1902.08153, eq. 3); ``clip_only`` keeps its part outside the grid
+      (PACT, 1805.06085, eq. 3); both times 1/sqrt(count * high), LSQ's gradient scale (``count`` = values per
+      scale, of one sample for activations);
+    - zero_point: -scale * sum of g * (1 - m), LSQ+ (2004.09576) in units of codes. It is rounded here,
+      straight-through, so that what is trained is an integer that a runtime holds.
+
+    ``seed`` (an int64 tensor of one element) turns on stochastic rounding: up with the probability that
+    makes the expectation exact.
+    """
+    return _FakeQuantize.apply(x, scale, low, high, half, zero_point, estimator, clip_only, count, seed)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        low: Tensor,
+        high: Tensor,
+        half: Tensor | None,
+        zero_point: Tensor | None,
+        estimator: Estimator,
+        clip_only: bool,
+        count: int,
+        seed: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, scale, low, high, half, zero_point, seed)
+        ctx.rule = (estimator, clip_only, count)
+        return _levels_(x / scale, low, high, half, zero_point, seed).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, low, high, half, zero_point, seed = ctx.saved_tensors
+        estimator, clip_only, count = ctx.rule
+        u = x / scale
+        q = _levels_(u.clone(), low, high, half, zero_point, seed)
+        reach = 0.5 if seed is None else 1.0
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            inside = ((q - u).abs() <= reach).to(g.dtype)
+            gm = g if estimator == "pure" else g * inside
+        elif estimator == "pure":
+            gm = g
+        else:
+            gm = torch.sub(q, u).abs_().le_(reach).mul_(g)
+
+        d_scale = d_zero_point = None
+        if ctx.needs_input_grad[1]:
+            inner = _sum_to(gm, q if clip_only else u, scale)
+            d_scale = (_sum_to(g, q, scale) - inner) * (high.clamp(min=1) * count).rsqrt()
+        if zero_point is not None and ctx.needs_input_grad[5]:
+            d_zero_point = -scale * _sum_to(g - gm, None, scale)
+        factor = surrogate(estimator, g, u if half is None else u - half, q - u, high - low)
+        d_x = gm if factor is None else gm * factor
+        return d_x, d_scale, None, None, None, d_zero_point, None, None, None, None
+
+
+def _levels_(
+    u: Tensor, low: Tensor, high: Tensor, half: Tensor | None, zero_point: Tensor | None, seed: Tensor | None
+) -> Tensor:
+    """Levels of u = x/scale, in place: clamp(round(u - half), low - z, high - z) + half."""
+    if zero_point is not None:
+        z = zero_point.round()
+        low, high = low - z, high - z
+    if half is not None:
+        u.sub_(half)
+    if seed is None:
+        u.round_()
+    else:
+        u.add_(hash_uniform(seed, u)).floor_()
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        u = u.clamp(low, high)
+    else:
+        u = torch.minimum(torch.maximum(u, low, out=u), high, out=u)
+    return u if half is None else u.add_(half)
+
+
+def _sum_to(a: Tensor, b: Tensor | None, like: Tensor) -> Tensor:
+    """sum of a * b over the axes along which ``like`` is broadcast."""
+    if b is not None and like.numel() == 1 and not torch.is_grad_enabled() and a.is_contiguous() and b.is_contiguous():
+        return torch.dot(a.view(-1), b.view(-1)).view(like.shape)
+    return (a if b is None else a * b).sum_to_size(like.shape)

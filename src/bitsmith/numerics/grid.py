@@ -1,0 +1,38 @@
+"""The grids: which integers a code may be, and what value a code stands for.
+
+A code c is an integer in [low, high]; its value is ``scale * (c - zero_point + half)``. One table covers all:
+
+    grid         low           high          half  zero point   values in units of scale, b = 2
+    symmetric    -2^(b-1)      2^(b-1) - 1   0     0            -2 -1 0 1
+    balanced     -(2^(b-1)-1)  2^(b-1) - 1   0     0            -1 0 1                (ternary)
+    seq          -2^(b-1)      2^(b-1) - 1   1/2   0            -3/2 -1/2 1/2 3/2     (b = 1: -1/2 1/2)
+    unsigned     0             2^b - 1       0     0            0 1 2 3
+    asymmetric   0             2^b - 1       0     integer      -z .. 3 - z
+
+`seq` is ParetoQ's stretched elastic quantizer (2502.02631): balanced, without zero, the better grid at one
+and two bits. With half = 1/2 its codes stay ordinary integers, so that packing knows nothing of it; ParetoQ
+prints the same levels as multiples of a = 2^(b-1) * scale. Symmetric grids of one bit would be {-1, 0}: use
+`seq`, whose one-bit form is sign(w) * scale / 2.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Grid = Literal["symmetric", "balanced", "seq", "unsigned", "asymmetric"]
+GRIDS: tuple[str, ...] = get_args(Grid)
+
+
+def bounds(grid: Grid, bits: int) -> tuple[int, int, float]:
+    """(low, high, half) of ``grid`` at ``bits`` in 1..8."""
+    positive = 2 ** (bits - 1) - 1
+    match grid:
+        case "symmetric":
+            return -positive - 1, positive, 0.0
+        case "balanced":
+            return -positive, positive, 0.0
+        case "seq":
+            return -positive - 1, positive, 0.5
+        case "unsigned" | "asymmetric":
+            return 0, 2**bits - 1, 0.0
+    raise ValueError(f"grid {grid!r} is not one of {GRIDS}")

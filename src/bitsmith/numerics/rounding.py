@@ -1,0 +1,52 @@
+"""Gradient estimators: what stands in for the derivative of rounding, and noise for stochastic rounding.
+
+    estimator   factor on the gradient inside the grid                         source
+    clipped     1 (0 outside)                                                  straight-through, 1308.3432; LSQ
+    pure        1 (1 outside, too)                                             straight-through without clipping
+    ewgs        1 + d sign(g) (u - q)/(levels - 1), d = 1e-3                  EWGS, 2104.00903, eq. 5
+    smooth      slope of a tanh staircase with the same mean, sharpness 4      DSQ, 1908.05033
+    stochastic  1 (0 outside); rounds up with probability frac(u)              2412.04787 and older
+
+u = x/scale, q its level. The range's gradients do not depend on the estimator (numerics.affine).
+EWGS divides by the number of steps because its x lives in [0, 1]. Its d is the paper's fixed-factor form; the
+Hessian-adaptive one is not here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Estimator = Literal["clipped", "pure", "ewgs", "smooth", "stochastic"]
+ESTIMATORS: tuple[str, ...] = get_args(Estimator)
+
+EWGS_FACTOR = 1e-3
+SMOOTH_SHARPNESS = 4.0
+
+
+def surrogate(estimator: Estimator, g: Tensor, u: Tensor, error: Tensor, steps: Tensor) -> Tensor | None:
+    """The factor on the gradient (None for 1); error = q - u, steps = high - low."""
+    if estimator == "ewgs":
+        return 1 - EWGS_FACTOR * torch.sign(g) * error / steps
+    if estimator == "smooth":
+        k = SMOOTH_SHARPNESS
+        within = u - torch.floor(u) - 0.5  # -1/2 .. 1/2 from one level to the next; the jump is at 0
+        return (k / 2) * (1 - torch.tanh(k * within).square()) / math.tanh(k / 2)
+    return None
+
+
+def hash_uniform(seed: Tensor, like: Tensor) -> Tensor:
+    """Uniform noise in [0, 1) of ``like``'s shape: a hash of seed and element index.
+
+    The same in recomputation (activation checkpointing), on any device, eager and compiled; a generator
+    drawn in forward is none of these. 24 bits of murmur3's 32-bit finalizer, in wrapping int32 arithmetic.
+    """
+    index = torch.arange(like.numel(), dtype=torch.int32, device=like.device)
+    h = index * -1640531535 + seed.to(torch.int32)
+    for shift, factor in ((16, -2048144789), (13, -1028477387)):
+        h = (h ^ ((h >> shift) & ((1 << (32 - shift)) - 1))) * factor
+    h = h ^ ((h >> 16) & 0xFFFF)
+    return ((h >> 8) & 0xFFFFFF).to(torch.float32).mul(2.0**-24).view(like.shape)

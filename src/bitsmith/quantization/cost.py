@@ -1,0 +1,186 @@
+"""cost: from the bits of all sites to bit operations, bytes and average bits.
+
+One model of the cost serves searching (bits may be tensors: every figure is differentiable) and reporting
+(bits are integers: every figure is exact). It counts everything: scales, zero points, padding to whole bytes,
+biases (also those that folding a BatchNorm leaves behind), float leftovers. Plan bytes are the payload bytes
+of the file.
+
+    BOPs = sum over layers of MACs * bits of one operand * bits of the other; a float operand counts 32
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitsmith.quantization.layers import QuantMatMul
+from bitsmith.quantization.prepare import SWAPS_BY_QUANT
+from bitsmith.quantization.quantizer import Quantizer, sites
+from bitsmith.quantization.scheme import FLOAT
+from bitsmith.quantization.target import Target, get_target
+from bitsmith.quantization.trace import trace
+
+FLOAT_BYTES = 4
+
+Bits = Mapping[str, Any]  # site -> bits: int, float or a scalar tensor
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One product of two operands, per sample.
+
+    operands: the names of its two sites (sites that stay in float have no quantizer and count 32 bits).
+    weight_elements, weight_scales, weight_zero_points: 0 for a MatMul, and where a tied weight is counted already.
+    activation_elements: site -> elements of the tensor.
+    """
+
+    name: str
+    kind: str
+    macs: int
+    operands: tuple[str, str]
+    weight_elements: int
+    weight_scales: int
+    weight_zero_points: int
+    bias_elements: int
+    activation_elements: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """The cost of a prepared model as a function of the bits of its sites.
+
+    float_macs: multiply-accumulates outside every site; other_bytes: activation scales and zero points, and
+    parameters and buffers that no quantized layer owns, after folding; float_bytes: the float model's.
+    """
+
+    layers: tuple[LayerCost, ...]
+    present: Mapping[str, int]
+    float_macs: int
+    other_bytes: int
+    float_bytes: int
+    target: Target
+
+    def bops(self, bits: Bits) -> Any:
+        """Bit operations per sample; differentiable in the bits."""
+        total: Any = self.float_macs * FLOAT * FLOAT
+        for layer in self.layers:
+            first, second = (bits.get(site, FLOAT) for site in layer.operands)
+            total = total + layer.macs * first * second
+        return total
+
+    @property
+    def bops_float(self) -> int:
+        """Bit operations of the float model: every operand at 32 bits."""
+        return (sum(layer.macs for layer in self.layers) + self.float_macs) * FLOAT * FLOAT
+
+    def weight_bytes(self, bits: Bits) -> Any:
+        """Bytes of everything the file stores. Exact for integers; for tensors codes count at bits / 8, unpadded."""
+        total: Any = self.other_bytes
+        for layer in self.layers:
+            total = total + self._layer_bytes(layer, bits)
+        return total
+
+    def _layer_bytes(self, layer: LayerCost, bits: Bits) -> Any:
+        width = bits.get(layer.operands[0], FLOAT) if layer.weight_elements else FLOAT
+        fixed = FLOAT_BYTES * layer.bias_elements
+        if isinstance(width, Tensor):
+            return fixed + layer.weight_elements * width / 8 + FLOAT_BYTES * layer.weight_scales
+        if width == FLOAT:
+            return fixed + FLOAT_BYTES * layer.weight_elements
+        held = self.target.weight_containers.get(int(width), 8)
+        codes = math.ceil(layer.weight_elements * held / 8)
+        return fixed + codes + FLOAT_BYTES * (layer.weight_scales + layer.weight_zero_points)
+
+    def average_bits(self, bits: Bits, kind: str) -> Any:
+        """Mean bits over the elements of all weights ("weight") or of all operands that are activations."""
+        total: Any = 0
+        elements = 0
+        for layer in self.layers:
+            counts = {layer.operands[0]: layer.weight_elements} if kind == "weight" else layer.activation_elements
+            for site, count in counts.items():
+                total = total + count * bits.get(site, FLOAT)
+                elements += count
+        return total / max(elements, 1)
+
+    def report(self, bits: Bits | None = None) -> dict[str, Any]:
+        """The ``cost`` part of metrics.json, with one entry per layer; for the model's own bits by default."""
+        bits = self.present if bits is None else bits
+        return {
+            "bops": self.bops(bits),
+            "bops_float": self.bops_float,
+            "weight_bytes": self.weight_bytes(bits),
+            "weight_bytes_float": self.float_bytes,
+            "average_weight_bits": self.average_bits(bits, "weight"),
+            "average_activation_bits": self.average_bits(bits, "activation"),
+            "float_macs": self.float_macs,
+            "layers": [
+                {
+                    "name": layer.name,
+                    "kind": layer.kind,
+                    "macs": layer.macs,
+                    "weight_bits": bits.get(layer.operands[0], FLOAT) if layer.kind != "MatMul" else None,
+                    "activation_bits": bits.get(layer.operands[1], FLOAT),
+                    "operand_bits": [bits.get(site, FLOAT) for site in layer.operands],
+                    "weight_elements": layer.weight_elements,
+                    "weight_bytes": self._layer_bytes(layer, bits),
+                    "bops": layer.macs * bits.get(layer.operands[0], FLOAT) * bits.get(layer.operands[1], FLOAT),
+                }
+                for layer in self.layers
+            ],
+        }
+
+
+def measure(model: nn.Module, example: Any, target: str | Target | None = None) -> CostModel:
+    """The cost model of a prepared ``model``, from one forward of ``example`` (a batch, or a tuple of arguments).
+
+    Raises SiteError where a quantizer is never called.
+    """
+    found = trace(model, example)
+    modules = dict(model.named_modules())
+    quantizers = sites(model)
+    layers: list[LayerCost] = []
+    counted: set[int] = set()
+    for entry in found.layers.values():
+        layer = modules[entry.name]
+        operands = tuple(f"{entry.name}.{o}" if entry.name else o for o in SWAPS_BY_QUANT[type(layer)])
+        elements = scales = zero_points = bias = 0
+        if not isinstance(layer, QuantMatMul):
+            counted.update(id(p) for p in (layer.bias,) if p is not None)
+            bias = layer.weight.shape[0] if layer.bias is not None or entry.name in found.folds else 0
+            if id(layer.weight) not in counted:
+                counted.add(id(layer.weight))
+                elements = layer.weight.numel()
+                quantizer: Quantizer | None = layer.weight_quantizer
+                if quantizer is not None:
+                    operands = (quantizer.name, operands[1])  # a tied weight answers to its first name
+                    scales = quantizer.range.shape[1]
+                    zero_points = scales if quantizer.grid_name() == "asymmetric" else 0
+        layers.append(
+            LayerCost(entry.name, entry.kind, entry.macs, operands, elements, scales, zero_points, bias, entry.operands)  # type: ignore[arg-type]
+        )
+    for norm in found.folds.values():
+        counted.update(id(t) for t in (*modules[norm].parameters(), *modules[norm].buffers()))
+    own = {id(t) for q in quantizers.values() for t in (*q.parameters(), *q.buffers())}
+    plain = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in own}
+    other = sum(t.numel() * t.element_size() for i, t in plain.items() if i not in counted and not _is_counter(t))
+    for quantizer in quantizers.values():
+        if quantizer.kind == "activation" and quantizer.scheme.range != "dynamic":
+            other += FLOAT_BYTES * quantizer.range.shape[1] * (2 if quantizer.grid_name() == "asymmetric" else 1)
+    return CostModel(
+        layers=tuple(layers),
+        present={name: int(q.bits.expected()) for name, q in quantizers.items()},
+        float_macs=found.float_macs,
+        other_bytes=other,
+        float_bytes=sum(t.numel() * t.element_size() for t in plain.values() if not _is_counter(t)),
+        target=get_target(target or getattr(model, "bitsmith_target", "native")),
+    )
+
+
+def _is_counter(tensor: Tensor) -> bool:
+    """BatchNorm's num_batches_tracked: a training counter that no file for inference holds."""
+    return tensor.dtype == torch.int64 and tensor.ndim == 0

@@ -1,0 +1,319 @@
+"""The quantizer: the module at a site. A float tensor goes in, a representable float tensor comes out.
+
+It owns K rows, one per candidate width (a fixed width has K = 1): a learnable `range` that starts at 0, a
+calibrated `base_scale`, and the levels `low` .. `high` (+ `half_step`) of the row's grid. The scale is
+base_scale * 2^range: positive by construction, weight decay pulls it to its calibration, and exp2 is equal
+eager and compiled. The bit-width (quantization.bits) names the rows in play; nothing here asks which kind of
+bit-width it is.
+
+Differences from the well-known implementations: no "initialised" flag and no state born in forward (an
+uncalibrated site has base_scale 0 and is refused by `check_calibrated`); low and high are *levels*, with the
+zero point already subtracted, so that an asymmetric grid costs forward nothing; which is why `zero_point` is
+a buffer that only export reads.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bitsmith.errors import SiteError
+from bitsmith.numerics import affine, blocks
+from bitsmith.numerics.calibrate import calibrate as calibrate_values
+from bitsmith.numerics.grid import bounds
+from bitsmith.quantization.bits import FixedBits
+from bitsmith.quantization.scheme import Scheme
+
+
+class Levels(NamedTuple):
+    """The row in play, ready to be stored: tensors broadcast against the blocks of x.
+
+    A stored code c (low <= c <= high, integer) has the value scale * (c - zero_point + half).
+    """
+
+    bits: int
+    scale: Tensor
+    zero_point: Tensor
+    low: int
+    high: int
+    half: float
+
+
+class Quantizer(nn.Module):
+    """Fake quantization of one site.
+
+    channels: how many scales the site has (C). view: the shape in which the C scales broadcast against the
+    tensor, or against its groups. axis: the channel axis of the tensor. K rows, one per candidate width.
+    """
+
+    range: nn.Parameter
+    zero_shift: nn.Parameter | None
+    base_scale: Tensor
+    zero_point: Tensor
+    low: Tensor
+    high: Tensor
+    half_step: Tensor | None
+    seed: Tensor | None
+
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        scheme: Scheme,
+        *,
+        channels: int = 1,
+        view: tuple[int, ...] = (1,),
+        axis: int = 0,
+        seq_allowed: bool = True,
+    ) -> None:
+        super().__init__()
+        self.name, self.kind, self.scheme, self.view, self.axis = name, kind, scheme, view, axis
+        self.seq_allowed = seq_allowed and kind == "weight"
+        self.bits = FixedBits(scheme.bits)
+        self.range = nn.Parameter(torch.zeros(1, channels), requires_grad=scheme.range in ("lsq", "lsq+", "pact"))
+        self.zero_shift = nn.Parameter(torch.zeros(1, channels)) if scheme.range == "lsq+" else None
+        for buffer in ("base_scale", "zero_point", "low", "high"):
+            self.register_buffer(buffer, torch.zeros(1, channels))
+        halves = scheme.grid == "seq" or (scheme.grid == "auto" and self.seq_allowed) or scheme.range == "dorefa"
+        self.register_buffer("half_step", torch.zeros(1, 1) if halves else None)
+        # Element noise is a hash of this seed and the index; `redraw` moves it between steps.
+        self.register_buffer("seed", torch.zeros(1, dtype=torch.int64) if scheme.estimator == "stochastic" else None)
+        self._set_bounds(0, self.grid_at(scheme.bits), scheme.bits)
+
+    def extra_repr(self) -> str:
+        """Width, grid and granularity, for print(model)."""
+        widths = ", ".join(f"{b:g}" for b in self.bits.candidates.tolist())
+        return f"{self.name}, bits={widths}, granularity={self.scheme.granularity}, range={self.scheme.range}"
+
+    # ---- forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x fake-quantized with the rows in play; float32, shape of x."""
+        scheme = self.scheme
+        if scheme.range == "dorefa" and self.kind == "weight":
+            x = dorefa(x)
+        v = x if scheme.group_size is None else blocks.to_groups(x, scheme.group_size, self.kind == "weight")
+        rows, share = self.bits.rows, self.bits.share
+        if share is None:
+            y = self._at(v, rows)
+        elif rows.numel() == 1:
+            y = _Chosen.apply(self._at(v, rows), v, share)
+        else:
+            y = sum(share[i] * self._at(v, rows[i : i + 1]) for i in range(rows.numel()))
+        return y if scheme.group_size is None else blocks.from_groups(y, x, self.kind == "weight")
+
+    def _at(self, v: Tensor, row: Tensor) -> Tensor:
+        """v at the width of one row, given as a (1,) index."""
+        low, high, half, shift, scheme = self.low, self.high, self.half_step, self.zero_shift, self.scheme
+        base_scale, exponent = self.base_scale, self.range
+        if low.shape[0] > 1:  # a row is data, so that one compiled graph serves every width
+            low, high = low.index_select(0, row), high.index_select(0, row)
+            base_scale, exponent = base_scale.index_select(0, row), exponent.index_select(0, row)
+            half = None if half is None else half.index_select(0, row)
+            shift = None if shift is None else shift.index_select(0, row)
+        if scheme.range == "dynamic" or (scheme.range == "dorefa" and self.kind == "weight"):
+            scale, low, high = self._dynamic(v, low, high, half)
+        else:
+            scale, low, high = (base_scale * torch.exp2(exponent)).view(self.view), low.view(self.view), high.view(self.view)
+        return affine.fake_quantize(
+            v,
+            scale,
+            low,
+            high,
+            half if half is None else half.view(-1),
+            shift if shift is None else shift.view(self.view),
+            estimator=scheme.estimator,
+            clip_only=scheme.range == "pact",
+            count=v[0].numel() if self.kind == "activation" else v.numel(),
+            seed=self.seed if self.training else None,
+        )
+
+    def _dynamic(self, v: Tensor, low: Tensor, high: Tensor, half: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(scale, low, high) by min-max of v itself, over the values that share a scale."""
+        if self.scheme.granularity in ("token", "group"):
+            axes = [v.ndim - 1]
+        elif self.scheme.granularity == "channel":
+            axes = [a for a in range(v.ndim) if a != self.axis % v.ndim]
+        else:
+            axes = list(range(v.ndim))
+        top = v.detach().abs().amax(axes, keepdim=True).float()
+        low, high = low[:, :1].view(-1), high[:, :1].view(-1)
+        steps = high if half is None else high + half
+        return (top / steps).clamp(min=1e-8), low, high
+
+    # ---- what is stored
+
+    def levels(self) -> Levels:
+        """The row in play, detached. Dynamic sites have no stored scale: theirs is that of the calibration."""
+        row = int(self.bits.rows[0])
+        scale = (self.base_scale[row] * torch.exp2(self.range[row])).detach().view(self.view)
+        zero_point = self.zero_point[row].clone()
+        low, high = self.low[row] + zero_point, self.high[row] + zero_point
+        if self.zero_shift is not None:
+            zero_point += self.zero_shift[row].detach().round()
+        half = 0.0 if self.half_step is None else float(self.half_step[row])
+        width = int(self.bits.candidates[row if len(self.bits.candidates) > 1 else 0])
+        return Levels(width, scale, zero_point.view(self.view), int(low[0]), int(high[0]), half)
+
+    @torch.no_grad()
+    def codes(self, x: Tensor) -> Tensor:
+        """Stored codes of x at the row in play, int16, in the shape of x's blocks ((rows, groups, size) for groups)."""
+        scheme = self.scheme
+        if scheme.range == "dorefa" and self.kind == "weight":
+            x = dorefa(x)
+        v = x if scheme.group_size is None else blocks.to_groups(x, scheme.group_size, self.kind == "weight")
+        at = self.levels()
+        return affine.quantize(v, self.stored_scale(x), at.low, at.high, at.half, at.zero_point).to(torch.int16)
+
+    @torch.no_grad()
+    def stored_scale(self, x: Tensor) -> Tensor:
+        """The scale that goes with ``codes(x)``, in the shape that broadcasts against them."""
+        if self.scheme.range == "dynamic" or (self.scheme.range == "dorefa" and self.kind == "weight"):
+            v = dorefa(x) if self.scheme.range == "dorefa" else x
+            if self.scheme.group_size is not None:
+                v = blocks.to_groups(v, self.scheme.group_size, self.kind == "weight")
+            row = int(self.bits.rows[0])
+            half = None if self.half_step is None else self.half_step[row : row + 1]
+            scale = self._dynamic(v, self.low[row : row + 1], self.high[row : row + 1], half)[0]
+            return scale.expand(self.view) if scale.ndim == len(self.view) else scale
+        return self.levels().scale
+
+    # ---- widths and calibration
+
+    def grid_at(self, bits: int) -> str:
+        """The grid that `auto` means at this width; activations are `unsigned` or not by calibration."""
+        if self.scheme.range == "dorefa" and self.kind == "weight":
+            return "seq"
+        if self.scheme.grid != "auto":
+            return self.scheme.grid
+        return "seq" if self.seq_allowed and bits <= 2 else "symmetric"
+
+    def grid_name(self) -> str:
+        """The grid of the row in play, in words."""
+        at = self.levels()
+        if at.half:
+            return "seq"
+        if at.low < 0:
+            return "symmetric" if -at.low > at.high else "balanced"
+        return "asymmetric" if bool(at.zero_point.any()) else "unsigned"
+
+    @torch.no_grad()
+    def _set_bounds(self, row: int, grid: str, bits: int, zero_point: Tensor | float = 0.0) -> None:
+        low, high, half = bounds(grid, bits)  # type: ignore[arg-type]
+        if grid == "symmetric" and bits == 1:
+            low, high = 0, 1  # an activation of one bit is on or off: {-1, 0} would hold negatives only
+        self.zero_point[row] = zero_point
+        self.low[row], self.high[row] = low - self.zero_point[row], high - self.zero_point[row]
+        if self.half_step is not None:
+            self.half_step[row] = half
+
+    @torch.no_grad()
+    def calibrate(self, values: Tensor, low: float, high: float) -> None:
+        """Set scales and grids of all rows from ``values`` (C, n) whose extremes are ``low`` and ``high``."""
+        for row, width in enumerate(self.bits.candidates.int().tolist()):
+            grid = self.grid_at(width)
+            if self.kind == "activation" and self.scheme.grid == "auto":
+                grid = activation_grid(low, high)
+            lowest, highest, half = bounds(grid, width)  # type: ignore[arg-type]
+            if grid == "symmetric" and width == 1:
+                lowest, highest = 0, 1
+            method = self.scheme.calibration
+            if method == "lsq":
+                scale = 2 * values.abs().mean(1) / max(highest, 0.5) ** 0.5
+                zero_point = torch.zeros_like(scale)
+                scale = scale.clamp(min=1e-8)
+            else:
+                scale, zero_point = calibrate_values(
+                    method, values, float(lowest), float(highest), half, asymmetric=grid == "asymmetric"
+                )
+            self._set_bounds(row, grid, width, zero_point)
+            self.base_scale[row] = scale
+
+    @torch.no_grad()
+    def commit(self, bits: int, x: Tensor | None = None) -> bool:
+        """Fix the width. Where no row has it, a row is made over: weights (x) calibrate anew, activations
+        stretch their step to the same range. Returns whether the width was among the trained ones."""
+        candidates = self.bits.candidates.int().tolist()
+        trained = bits in candidates
+        before = self.levels()
+        self.bits.commit(bits)
+        if trained:
+            return True
+        grid = self.grid_at(bits) if self.kind == "weight" else self.grid_name()
+        if self.kind == "weight" and x is not None:
+            self.range.zero_()
+            self.calibrate(*observe_weight(self, x))
+        else:
+            old, new = before.high - before.low, bounds(grid, bits)[1] - bounds(grid, bits)[0]  # type: ignore[arg-type]
+            zero_point = (before.zero_point.view(-1) * new / old).round()
+            self._set_bounds(0, grid, bits, zero_point)
+            self.base_scale[0] *= old / new
+        return False
+
+
+class _Chosen(torch.autograd.Function):
+    """q itself in forward; in backward, share receives <g, q - x>: the gradient of choosing this width.
+
+    The baseline x matters: without it the estimate carries <g, x>, which is the same for every width.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, x: Tensor, share: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(q, x)
+        return q.view_as(q)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
+        q, x = ctx.saved_tensors
+        return g, None, ((q - x) * g).sum().view(1)
+
+
+def dorefa(w: Tensor) -> Tensor:
+    """tanh(w) stretched to w's own largest magnitude (1606.06160, eq. 9, without its change of scale).
+
+    The paper trains from scratch and leaves weights in -1..1; keeping the range lets a pretrained layer
+    without BatchNorm survive.
+    """
+    t = torch.tanh(w)
+    return t * (w.detach().abs().amax() / t.detach().abs().amax().clamp(min=1e-8))
+
+
+def activation_grid(low: float, high: float) -> str:
+    """unsigned without negative values, asymmetric where one side is less than half of the other."""
+    if low >= 0:
+        return "unsigned"
+    return "asymmetric" if min(-low, max(high, 0.0)) < 0.5 * max(-low, high) else "symmetric"
+
+
+def observe_weight(quantizer: Quantizer, weight: Tensor) -> tuple[Tensor, float, float]:
+    """(values (C, n), lowest, highest) of a weight, for ``Quantizer.calibrate``."""
+    weight = weight.detach().float()
+    if quantizer.scheme.range == "dorefa":
+        weight = dorefa(weight)
+    values = blocks.rows_of(weight, quantizer.scheme.granularity, quantizer.scheme.group_size, 0, True)
+    return values, float(weight.min()), float(weight.max())
+
+
+def sites(model: nn.Module) -> dict[str, Quantizer]:
+    """Every quantizer of the model by the name of its site, in the order of the modules; tied ones once."""
+    return {m.name: m for m in model.modules() if isinstance(m, Quantizer)}
+
+
+def redraw(model: nn.Module, step: int) -> None:
+    """New element noise for stochastic rounding; the same for the same step, so that a resume repeats it."""
+    for index, quantizer in enumerate(sites(model).values()):
+        if quantizer.seed is not None:
+            quantizer.seed.fill_((step * 0x9E3779B1 + index * 0x85EBCA6B) % (2**31 - 1))
+
+
+def check_calibrated(model: nn.Module) -> None:
+    """Raise SiteError where a site has no range yet."""
+    for name, quantizer in sites(model).items():
+        if quantizer.scheme.range != "dynamic" and not bool((quantizer.base_scale > 0).all()):
+            raise SiteError(
+                "this site was never calibrated",
+                where=name,
+                remedy="Call bs.calibrate(model, batches) with a few batches of training inputs",
+            )
