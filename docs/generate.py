@@ -1,0 +1,200 @@
+"""Writes docs/recipe.md from the recipe's schema: `make docs`.
+
+Names, defaults, choices and ranges come from the code; only the meaning of a key is written here, and a key
+without one stops the generator. tests/docs/test_documents.py fails while the page is not what this writes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from bitsmith.quantization.scheme import CHOICES as SCHEME_CHOICES
+from bitsmith.quantization.scheme import Scheme
+from bitsmith.quantization.target import TARGETS
+from bitsmith.recipe.load import DEFAULT
+from bitsmith.recipe.methods import METHODS
+from bitsmith.recipe.schema import EXPORTS, Quantize, Recipe
+from bitsmith.train.config import CHOICES as TRAIN_CHOICES
+from bitsmith.train.config import RANGES, TrainConfig
+
+PAGE = Path(__file__).with_name("recipe.md")
+
+INTRODUCTION = """\
+# Recipe
+
+A recipe is one YAML file that says what `bitsmith run` does. Every key has a default; a key that is not below is
+refused with the nearest known name. `--set` changes one value: `bitsmith run my.yaml --set train.epochs=40
+--set 'quantize.overrides."fc.weight".bits=8'`. The resolved recipe is saved in the run directory as `recipe.yaml`,
+and running that file again gives the same result.
+
+This page is generated from the schema (`make docs`).
+
+## The default
+
+`bitsmith run` without a recipe does this:
+
+```yaml
+{default}```
+"""
+
+MEANING = {
+    "model": "what to train: a built-in name (digits_cnn, digits_vit, resnet20, resnet32, resnet56) or "
+    "`package.module:factory`; a mapping `{name: ..., arguments: {...}}` passes arguments",
+    "data": "`digits` (scikit-learn's), `npz:FILE`, `folder:DIR` or `package.module:factory`; with arguments as for "
+    "`model`",
+    "pretrained": "a safetensors file with the float weights; without it the float model is trained first",
+    "target": "where the model will run; it owns the grid, so it is chosen before training",
+    "quantize": "what is quantized, and how: see below",
+    "plan": "a `plan.json` whose bit-widths are taken over",
+    "methods": "a list of methods with their options",
+    "train": "the quantization-aware training: see below",
+    "float": "the training of the float baseline: the keys of `train`; what it does not say is taken from there",
+    "export": "the files to write, each compared with the trained model",
+    "quantize.weights": "a scheme, see below; weights are per channel unless it says otherwise",
+    "quantize.activations": "a scheme for the inputs of all multiplying layers; null leaves them in float",
+    "quantize.overrides": "glob on site names → changed fields of the scheme; the last match wins, and a glob that "
+    "matches nothing is an error",
+    "quantize.first_last_bits": "bit-width of the first and the last layer, unless overridden; null: like all others",
+    "quantize.calibration_samples": "training samples that ranges are calibrated on",
+    "scheme.bits": "1 to 8; 32 leaves the site in float",
+    "scheme.granularity": "what shares a scale; `token` is for activations with `range: dynamic`",
+    "scheme.group_size": "values per group, with `granularity: group`",
+    "scheme.grid": "which values a code stands for; `auto`: by bit-width and by what calibration sees",
+    "scheme.range": "where the scale comes from: learned (`lsq`, `lsq+`, `pact`), from the weights (`dorefa`), as "
+    "calibrated (`static`), or from each tensor as it comes (`dynamic`)",
+    "scheme.calibration": "where the scale starts",
+    "scheme.estimator": "what stands in for the derivative of rounding",
+    "train.epochs": "passes over the training part",
+    "train.batch_size": "samples that one optimizer step sees",
+    "train.optimizer": "AdamW, or SGD with momentum",
+    "train.learning_rate": "the peak rate",
+    "train.weight_decay": "on weights; never on biases, norms and ranges",
+    "train.range_learning_rate_factor": "learned ranges train at `learning_rate` times this",
+    "train.schedule": "of the learning rate; `wsd` is warm-up, stable, decay",
+    "train.warmup": "share of the steps in which the rate rises",
+    "train.cooldown": "share of the steps in which `wsd` decays",
+    "train.gradient_clip": "largest gradient norm; 0: no clipping",
+    "train.accumulation": "micro-batches that a batch is split into, to save memory",
+    "train.precision": "of the forward; `auto` takes bfloat16 where a measurement shows that it is faster here",
+    "train.distillation": "share of the loss that comes from the float model",
+    "train.temperature": "of the distillation",
+    "train.label_smoothing": "of the cross entropy",
+    "train.ema": "decay of the average of the weights; 0: none",
+    "train.seed": "decides everything random; one seed makes a CPU run bit-exact",
+    "train.device": "`auto` is the GPU where PyTorch sees one",
+}
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"wrote {PAGE}")
+
+
+def page() -> str:
+    """The whole page, as it should stand in docs/recipe.md."""
+    missing = sorted(set(keys()) ^ set(MEANING))
+    if missing:
+        raise SystemExit(f"docs/generate.py: MEANING and the schema differ in {', '.join(missing)}")
+    sections = [
+        INTRODUCTION.format(default=DEFAULT.read_text(encoding="utf-8")),
+        table("Keys", "", recipe_rows()),
+        table("`quantize`", "quantize.", quantize_rows()),
+        table(
+            "A scheme: `quantize.weights`, `quantize.activations`, and each override",
+            "scheme.",
+            scheme_rows(),
+        ),
+        table("`train` and `float`", "train.", train_rows()),
+        methods(),
+    ]
+    return "\n".join(sections)
+
+
+def keys() -> list[str]:
+    """Every key of the schema, with its section."""
+    sections = {
+        "": recipe_rows(),
+        "quantize.": quantize_rows(),
+        "scheme.": scheme_rows(),
+        "train.": train_rows(),
+    }
+    return [prefix + name for prefix, rows in sections.items() for name, *_ in rows]
+
+
+Row = tuple[str, str, str]  # key, default, values
+
+
+def recipe_rows() -> Iterator[Row]:
+    values = {"target": choices(TARGETS), "export": choices(EXPORTS)}
+    shown = {
+        "model": "digits_cnn",
+        "data": "digits",
+        "export": str(list(EXPORTS)),
+        "methods": "[]",
+        "target": "native",
+    }
+    for name, field in Recipe.model_fields.items():
+        key = field.alias or name
+        yield key, shown.get(key, ""), values.get(key, "")
+
+
+def quantize_rows() -> Iterator[Row]:
+    for name, field in Quantize.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        yield name, scheme(default) if isinstance(default, Scheme) else text(default), ""
+
+
+def scheme_rows() -> Iterator[Row]:
+    for field in dataclasses.fields(Scheme):
+        yield field.name, text(field.default), choices(SCHEME_CHOICES.get(field.name, ()))
+
+
+def train_rows() -> Iterator[Row]:
+    for field in dataclasses.fields(TrainConfig):
+        values = RANGES[field.name][2] if field.name in RANGES else choices(TRAIN_CHOICES.get(field.name, ()))
+        yield field.name, text(field.default), values
+
+
+def methods() -> str:
+    if not METHODS:
+        return "## Methods\n\nThis version has no methods beside plain quantization-aware training.\n"
+    rows = []
+    for name, kind in METHODS.items():
+        hints = get_type_hints(kind.__init__)
+        options = ", ".join(f"`{option}`" for option in hints if option != "return")
+        rows.append(f"| `{name}` | `{kind.__name__}` | {options} |")
+    return "\n".join(["## Methods\n", "| Name | Class | Options |", "| --- | --- | --- |", *rows, ""])
+
+
+def table(title: str, prefix: str, rows: Iterator[Row]) -> str:
+    lines = [f"## {title}", "", "| Key | Default | Values | Meaning |", "| --- | --- | --- | --- |"]
+    for name, default, values in rows:
+        default = f"`{default}`" if default else ""
+        lines.append(f"| `{name}` | {default} | {values} | {MEANING[prefix + name]} |")
+    return "\n".join([*lines, ""])
+
+
+def choices(names: Any) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def scheme(value: Scheme) -> str:
+    """Only what differs from Scheme(), as a recipe would write it."""
+    changed = {
+        field.name: getattr(value, field.name)
+        for field in dataclasses.fields(value)
+        if field.name == "bits" or getattr(value, field.name) != field.default
+    }
+    return "{" + ", ".join(f"{name}: {text(item)}" for name, item in changed.items()) + "}"
+
+
+def text(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+if __name__ == "__main__":
+    main()
