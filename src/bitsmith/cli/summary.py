@@ -1,0 +1,126 @@
+"""The end of a run, and runs side by side, as tables for a terminal. Words and figures are the report's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from bitsmith.cli.show import table
+from bitsmith.report.metrics import Run
+from bitsmith.report.words import against_float, asked, count, decimals, factor, headline, percent, points, size, verdict
+
+STAGES = (
+    ("float", "float"),
+    ("post_training", "post-training"),
+    ("quantized", "quantized"),
+    ("exported", "exported"),
+)
+
+
+def summary(run: Run) -> Panel:
+    """What was asked, what came out, and where to look."""
+    title, _ = headline(run)
+    verdict_style = {True: "green", False: "bold red", None: "yellow"}[run.verified]
+    body = Group(
+        Text(asked(run), style="dim"),
+        Text(),
+        _accuracies(run),
+        Text(),
+        _costs(run),
+        Text(),
+        Text.assemble(
+            (f"{against_float(run)}".capitalize(), "bold"), "; ", _gain(run), "; ", (verdict(run), verdict_style), "."
+        ),
+        Text(f"Report {run.directory / 'report.html'}"),
+    )
+    return Panel(body, title=f"[bold]{title}[/]", title_align="left", expand=False, padding=(1, 2), box=box.ROUNDED)
+
+
+def _accuracies(run: Run) -> Table:
+    """Accuracy of each stage, in distribution and under shift, and its distance from float."""
+    digits = decimals(run)
+    made = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for column in ("", "accuracy", "points from float", "under shift"):
+        made.add_column(column, justify="left" if not column else "right")
+    shift = run.metrics.get("shift") or {}
+    for key, name in STAGES:
+        accuracy = run.accuracy(key)
+        if accuracy is None:
+            continue
+        difference = "" if key == "float" else points(accuracy - (run.accuracy("float") or 0.0), digits)
+        shifted = (shift.get(key) or {}).get("mean")
+        made.add_row(
+            name,
+            Text(percent(accuracy, digits), style="bold" if key == "quantized" else ""),
+            difference,
+            "" if shifted is None else percent(shifted, digits),
+        )
+    return made
+
+
+def _costs(run: Run) -> Table:
+    made = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for column in ("", "float", "quantized", "less"):
+        made.add_column(column, justify="left" if not column else "right")
+    cost = run.cost
+    made.add_row(
+        "weights", size(cost("weight_bytes_float")), size(cost("weight_bytes")),
+        factor(cost("weight_bytes_float"), cost("weight_bytes")),
+    )  # fmt: skip
+    made.add_row(
+        "bit operations", count(cost("bops_float")), count(cost("bops")),
+        factor(cost("bops_float"), cost("bops")),
+    )  # fmt: skip
+    made.add_row("average bits", "32 / 32", _bits(run), "")
+    return made
+
+
+def _bits(run: Run) -> str:
+    """Weight bits / activation bits, on average."""
+    pair = (run.cost("average_weight_bits"), run.cost("average_activation_bits"))
+    return " / ".join("–" if bits is None else f"{bits:.2f}" for bits in pair)
+
+
+def _gain(run: Run) -> str:
+    """What training gained over quantizing after training."""
+    after, trained = run.accuracy("post_training"), run.accuracy("quantized")
+    if after is None or trained is None:
+        return "not compared with post-training quantization"
+    return f"training gained {points(trained - after, decimals(run))} points over post-training quantization"
+
+
+def side_by_side(runs: Sequence[Run]) -> Table:
+    """One row a run, the smallest first; a dot marks the runs that no other beats in both size and accuracy."""
+    ordered = sorted(runs, key=lambda run: run.cost("weight_bytes") or 0.0)
+    rows = [
+        (
+            ("• " if on_front(run, runs) else "  ") + run.name,
+            percent(run.accuracy("float"), decimals(run)),
+            percent(run.accuracy("post_training"), decimals(run)),
+            percent(run.accuracy("quantized"), decimals(run)),
+            _bits(run),
+            size(run.cost("weight_bytes")),
+            count(run.cost("bops")),
+            {True: "yes", False: "NO", None: "–"}[run.verified],
+        )
+        for run in ordered
+    ]
+    columns = ("run", "float", "post-training", "quantized", "bits w / a", "weights", "BOPs", "verified")
+    return table("", columns, rows, caption="• no other run here is both smaller and more accurate")
+
+
+def on_front(run: Run, runs: Sequence[Run]) -> bool:
+    """Whether no other run is at least as good in size and accuracy, and better in one of them."""
+
+    def figures(of: Run) -> tuple[float, float]:
+        return -(of.cost("weight_bytes") or 0.0), of.accuracy("quantized") or 0.0
+
+    own = figures(run)
+    return not any(
+        other[0] >= own[0] and other[1] >= own[1] and other != own for other in map(figures, runs)
+    )

@@ -1,0 +1,118 @@
+"""The run directory: which file is where, who may write to it, and what a resumed run finds.
+
+A directory belongs to one recipe and to one process at a time. A stage is finished when its file in
+`checkpoints/` exists; a resumed run loads it instead of doing the stage again. Nothing here trains.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from bitsmith.errors import FormatError, RecipeError
+from bitsmith.files import directory_lock, load_tensors, save_tensors, write_atomic
+from bitsmith.recipe.load import load_recipe
+from bitsmith.recipe.schema import Recipe
+
+RUNS = Path("runs")
+
+
+@contextlib.contextmanager
+def open_run(out: Path, recipe: Recipe, resume: bool) -> Iterator[Path]:
+    """Hold the run directory and put the resolved recipe in it. Raises RecipeError or RunError where it is taken."""
+    if out.exists() and not out.is_dir():
+        raise _taken(out, "this is a file, not a directory", "Choose another --out")
+    with directory_lock(out):
+        if (out / "recipe.yaml").exists():
+            if not resume:
+                done = "a finished" if (out / "metrics.json").exists() else "an unfinished"
+                raise _taken(
+                    out, f"this directory already holds {done} run", "Go on with --resume, or choose another --out"
+                )
+            _same_recipe(out / "recipe.yaml", recipe)
+        write_atomic(out / "recipe.yaml", dump(recipe).encode())
+        yield out
+
+
+def _taken(out: Path, what: str, remedy: str) -> RecipeError:
+    # Nothing failed yet: the value of --out is wrong, which is the user's input (exit code 2).
+    return RecipeError(what, where=f"--out {out}", remedy=remedy)
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML."""
+    return yaml.safe_dump(recipe.to_dict(), sort_keys=False, default_flow_style=None, width=100)
+
+
+def _same_recipe(path: Path, recipe: Recipe) -> None:
+    """A resumed run may not change what was asked. Raises RecipeError naming the first key that differs."""
+    before, now = _flat(load_recipe(path).to_dict()), _flat(recipe.to_dict())
+    for key in [*before, *now]:
+        if before.get(key) != now.get(key):
+            raise RecipeError(
+                f"the run in this directory was started with another {key}",
+                where=f"--resume {path.parent}",
+                got=_text(now.get(key)),
+                expected=_text(before.get(key)),
+                remedy="Resume without changes, or choose another --out",
+            )
+
+
+def _text(value: Any) -> str:
+    return "nothing" if value is None else str(value)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}".lstrip(".")).items()}
+    return {prefix: value}
+
+
+def new_directory(name: str, runs: Path = RUNS) -> Path:
+    """The first of ``runs/NAME``, ``runs/NAME-2``, ... that holds nothing."""
+    names = (runs / (name if number == 1 else f"{name}-{number}") for number in itertools.count(1))
+    return next(path for path in names if not path.exists())
+
+
+def latest_directory(name: str, runs: Path = RUNS) -> Path:
+    """The run that was last begun under this name, for --resume without --out. Raises RecipeError."""
+    found = [path for path in runs.glob(f"{name}*") if (path / "recipe.yaml").exists()]
+    if not found:
+        raise _taken(runs / name, "there is no run to resume", "Leave --resume out, or name the run by --out")
+    return max(found, key=lambda path: (path / "recipe.yaml").stat().st_mtime)
+
+
+# ---- finished stages
+
+
+def stage_path(out: Path, stage: str) -> Path:
+    return out / "checkpoints" / f"{stage}.safetensors"
+
+
+def save_stage(out: Path, stage: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Mark ``stage`` as finished: its tensors, and plain ``facts`` such as history and seconds."""
+    save_tensors(stage_path(out, stage), dict(tensors), {"bitsmith_stage": stage, "facts": json.dumps(facts)})
+
+
+def load_stage(out: Path, stage: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """What `save_stage` wrote, or None where the stage is not finished. Raises FormatError."""
+    path = stage_path(out, stage)
+    if not path.exists():
+        return None
+    tensors, metadata = load_tensors(path, "checkpoint")
+    if metadata.get("bitsmith_stage") != stage:
+        raise FormatError(
+            "this is not a checkpoint of ours",
+            where=str(path),
+            got=metadata.get("bitsmith_stage", "a foreign file"),
+            expected=f"the finished stage {stage!r}",
+            remedy="Delete it; --resume then does the stage again",
+        )
+    return tensors, json.loads(metadata["facts"])

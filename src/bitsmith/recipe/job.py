@@ -1,0 +1,205 @@
+"""`run`: the whole job of a recipe, from a float model to a verified and explained low-bit one.
+
+The order is here, the work is on the floors below. Each of the two trainings is a stage: once finished it is
+in `checkpoints/` and a resumed run does not do it again; what follows is quick and simply repeated. Nothing
+here prints: whoever watches hands in a callback (`progress`).
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitsmith.files import read_json, write_json
+from bitsmith.methods import Method
+from bitsmith.quantization import Coverage, Plan, calibrate, commit, prepare, reestimate_batchnorm
+from bitsmith.recipe.deliver import deliver
+from bitsmith.recipe.directory import load_stage, open_run, save_stage, stage_path
+from bitsmith.recipe.methods import build_methods
+from bitsmith.recipe.progress import Event, Progress, silent
+from bitsmith.recipe.schema import Recipe
+from bitsmith.tasks import Data, build, evaluate, load
+from bitsmith.tasks.dataset import to_float
+from bitsmith.tasks.resnet import load_weights
+from bitsmith.train import Progress as TrainProgress
+from bitsmith.train import TrainConfig, train
+
+BATCH = 256  # rows of an evaluation or calibration batch
+
+
+def run(
+    recipe: Recipe, out: str | Path, *, resume: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Do the job in the directory ``out`` and return its metrics (metrics.json).
+
+    Raises RecipeError where ``out`` holds a run already (unless ``resume``), Interrupted on a signal,
+    ExportMismatch where an exported file does not compute what was trained, and whatever the floors raise.
+    """
+    with open_run(Path(out), recipe, resume) as directory:
+        if (directory / "report.html").exists():  # the last file that is written: nothing is left to do
+            return read_json(directory / "metrics.json", "metrics file")
+        return _run(recipe, directory, progress or silent)
+
+
+def _run(recipe: Recipe, out: Path, tell: Progress) -> dict[str, Any]:
+    started = time.perf_counter()
+    data, model = read_inputs(recipe)
+    tell(Event("data", note=f"{data.name}: {len(data.train_x)} training and {len(data.test_x)} test images"))
+
+    history, seconds = {}, {}
+    history["float"], seconds["float"] = train_float(recipe, model, data, out, tell)
+    float_model = copy.deepcopy(model).eval()
+
+    coverage, methods = quantize(recipe, model, data)
+    write_json(out / "coverage.json", coverage.to_dict())
+    post_training = evaluate(model, data.test_x, data.test_y)
+    tell(Event("post_training", values={"accuracy": post_training["accuracy"]}))
+
+    history["qat"], seconds["qat"] = train_quantized(
+        recipe, model, methods, float_model, data, out, tell
+    )
+    write_json(out / "history.json", {"version": 1, **history})
+    seconds["before_export"] = time.perf_counter() - started
+    return deliver(recipe, out, data, float_model, model, post_training, seconds, tell)
+
+
+def read_inputs(recipe: Recipe) -> tuple[Data, nn.Module]:
+    """The recipe's data, and its float model as the job starts with it."""
+    data = load(recipe.data.name, **{"seed": recipe.train.seed, **recipe.data.arguments})
+    model = build(recipe.model.name, **{"seed": recipe.train.seed, **recipe.model.arguments})
+    if recipe.pretrained is not None:
+        load_weights(model, recipe.pretrained)
+    return data, model
+
+
+def train_float(
+    recipe: Recipe, model: nn.Module, data: Data, out: Path, tell: Progress
+) -> tuple[list[dict[str, Any]], float]:
+    """Stage "float": the baseline, trained in place. Returns its history and seconds."""
+    if recipe.float_train is None:
+        return [], 0.0
+    facts = _finished("float", model, out)
+    if facts is None:
+        facts = _train("float", model, data, recipe.float_train, out, tell)
+        save_stage(out, "float", model.state_dict(), facts)
+        stage_path(out, "float_training").unlink(missing_ok=True)
+    tell(Event("float", values={"accuracy": facts["validation_accuracy"]}))
+    return facts["history"], facts["seconds"]
+
+
+def quantize(recipe: Recipe, model: nn.Module, data: Data) -> tuple[Coverage, list[Method]]:
+    """Prepare and calibrate ``model`` in place: what a post-training quantization would ship.
+
+    Returns what became of each parameter, and the recipe's methods, attached.
+    """
+    spec = recipe.quantize
+    coverage = prepare(
+        model,
+        spec.weights,
+        spec.activations,
+        overrides=spec.overrides,
+        target=recipe.target,
+        first_last_bits=spec.first_last_bits,
+    )
+    methods = build_methods(recipe.methods)
+    for method in methods:
+        method.attach(model)
+    calibrate(model, _inputs(data.train_x[: spec.calibration_samples]))
+    if recipe.plan is not None:
+        commit(model, Plan.load(recipe.plan))
+    return coverage, methods
+
+
+def train_quantized(
+    recipe: Recipe,
+    model: nn.Module,
+    methods: list[Method],
+    teacher: nn.Module,
+    data: Data,
+    out: Path,
+    tell: Progress,
+) -> tuple[list[dict[str, Any]], float]:
+    """Stage "qat": quantization-aware training and BatchNorm re-estimation, in place."""
+    facts = _finished("qat", model, out)
+    if facts is None:
+        facts = _train("qat", model, data, recipe.train, out, tell, methods=methods, teacher=teacher)
+        for method in methods:
+            if (plan := method.plan()) is not None:
+                commit(model, plan)
+        reestimate_batchnorm(model, _inputs(data.train_x))
+        facts["validation_accuracy"] = _validation(model, data)
+        save_stage(out, "qat", model.state_dict(), facts)
+        stage_path(out, "qat_training").unlink(missing_ok=True)
+    tell(Event("qat", values={"accuracy": facts["validation_accuracy"]}))
+    return facts["history"], facts["seconds"]
+
+
+def _finished(stage: str, model: nn.Module, out: Path) -> dict[str, Any] | None:
+    """Load a finished stage into ``model``; None where it is not finished."""
+    found = load_stage(out, stage)
+    if found is None:
+        return None
+    tensors, facts = found
+    model.load_state_dict(tensors)
+    return facts
+
+
+def _train(
+    stage: str,
+    model: nn.Module,
+    data: Data,
+    config: TrainConfig,
+    out: Path,
+    tell: Progress,
+    methods: Sequence[Method] = (),
+    teacher: nn.Module | None = None,
+) -> dict[str, Any]:
+    """Train ``model`` in place, resuming where a checkpoint of this stage lies. Returns plain facts."""
+
+    def show(now: TrainProgress) -> None:
+        values = {"loss": now.loss}
+        if now.record and "validation_accuracy" in now.record:
+            values["accuracy"] = now.record["validation_accuracy"]
+        if now.record or now.step % 20 == 0:
+            # one unit is kept back for what follows training, so that the stage is not shown as finished
+            tell(Event(stage, now.step, now.steps + 1, values))
+
+    result = train(
+        model,
+        data.train_x,
+        data.train_y,
+        config,
+        methods=methods,
+        teacher=teacher,
+        augment=data.augment,
+        validate=(lambda: _validation(model, data)) if len(data.val_x) else None,
+        progress=show,
+        checkpoint=stage_path(out, f"{stage}_training"),
+        resume=True,
+        events=out / "events" / stage,
+    )
+    for note in result.notes:
+        tell(Event(stage, 0, 1, note=note))
+    return {
+        "history": result.history,
+        "seconds": result.seconds,
+        "precision": result.precision,
+        "device": result.device,
+        "validation_accuracy": _validation(model, data),
+    }
+
+
+def _validation(model: nn.Module, data: Data) -> float:
+    """Accuracy on the validation split; on the training split where there is none."""
+    x, y = (data.val_x, data.val_y) if len(data.val_x) else (data.train_x, data.train_y)
+    return evaluate(model, x, y)["accuracy"]
+
+
+def _inputs(images: Tensor) -> list[Tensor]:
+    return [to_float(batch) for batch in torch.split(images, BATCH)]

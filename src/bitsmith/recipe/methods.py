@@ -1,0 +1,64 @@
+"""The methods that a recipe can name, and how its arguments become objects.
+
+A method is listed here by one line, and nowhere else above `methods/`; its options are the parameters of its
+constructor, so a recipe cannot say what Python could not. The line is text and the class is imported when a
+recipe asks for it, so that the package works without any one method's file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from bitsmith.errors import RecipeError, listing, nearest
+from bitsmith.methods.method import Method
+
+METHODS: dict[str, str] = {}  # recipe key -> "file.Class" in bitsmith.methods
+
+
+def method_class(name: str) -> Callable[..., Method]:
+    """The class behind a recipe key."""
+    module, _, attribute = METHODS[name].rpartition(".")
+    return getattr(importlib.import_module(f"bitsmith.methods.{module}"), attribute)  # type: ignore[no-any-return]
+
+
+def check_methods(entries: Sequence[dict[str, dict[str, Any]]], source: str) -> None:
+    """Refuse an entry that is not one known method with known options. Raises RecipeError."""
+    for index, entry in enumerate(entries):
+        where = f"{source}, methods.{index}"
+        if len(entry) != 1:
+            raise RecipeError(
+                "each entry is one method",
+                where=where,
+                got=", ".join(entry) or "nothing",
+                expected="one name with its options",
+                remedy="Start a new list entry, with a dash, for each method",
+            )
+        (name, options), *_ = entry.items()
+        if name not in METHODS:
+            near = nearest(name, METHODS, 1)
+            raise RecipeError(
+                "there is no such method",
+                where=where,
+                got=name,
+                expected=listing(METHODS) if METHODS else "an empty list, as this version has no methods yet",
+                remedy=f"Did you mean {near[0]}?" if near else "Remove it for plain quantization-aware training",
+            )
+        known = list(inspect.signature(method_class(name)).parameters)
+        for key in options:
+            if key not in known:
+                near = nearest(key, known, 1)
+                raise RecipeError(
+                    "there is no such option",
+                    where=f"{where}.{name}",
+                    got=key,
+                    expected=f"one of {listing(known)}" if known else "no options",
+                    remedy=f"Did you mean {near[0]}?" if near else "Remove it",
+                )
+
+
+def build_methods(entries: Sequence[dict[str, dict[str, Any]]]) -> list[Method]:
+    """The methods of a checked recipe, in its order."""
+    return [method_class(name)(**options) for entry in entries for name, options in entry.items()]
