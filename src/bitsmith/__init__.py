@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from bitsmith.quantization import Target as Target
     from bitsmith.quantization import calibrate as calibrate
     from bitsmith.quantization import commit as commit
-    from bitsmith.quantization import finalize as finalize
     from bitsmith.quantization import measure as measure
     from bitsmith.quantization import parameter_groups as parameter_groups
     from bitsmith.quantization import plan_of as plan_of
     from bitsmith.quantization import prepare as prepare
     from bitsmith.quantization import reestimate_batchnorm as reestimate_batchnorm
     from bitsmith.quantization import sites as sites
+    from bitsmith.quantization.finalize import finalize as finalize
     from bitsmith.recipe import run as run
 
 __version__ = "0.1.0"
@@ -68,7 +68,6 @@ HOMES = {
         "Target",
         "calibrate",
         "commit",
-        "finalize",
         "measure",
         "parameter_groups",
         "plan_of",
@@ -76,6 +75,7 @@ HOMES = {
         "reestimate_batchnorm",
         "sites",
     ),
+    "quantization.finalize": ("finalize",),
     "recipe": ("run",),
 }
 
