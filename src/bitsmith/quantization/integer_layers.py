@@ -1,0 +1,237 @@
+"""Packed layers: what a trained model becomes at `finalize`, and what a loaded file is made of.
+
+Buffers only, no parameters and no training code: weight codes at their true width (numerics.pack), their
+scales, float biases, and activation quantizers frozen to their numbers. A buffer's name is its site's name
+plus `.codes`, `.scale` or `.zero_point`. Forward dequantizes the weight and calls the same float operator as
+training, with the same numerics; so it equals the trained forward bit for bit (BatchNorm folding aside).
+Weights are unpacked anew in every forward: that keeps the memory small, and costs a pass over the weights.
+Making these layers from trained ones lives in finalize, from a file in export.native.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitsmith.numerics.affine import dequantize, quantize
+from bitsmith.numerics.blocks import Granularity, from_groups, to_groups
+from bitsmith.numerics.grid import Grid, bounds
+from bitsmith.numerics.pack import pack, unpack
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a reader must know of a site besides its tensors.
+
+    shape: of a weight. dynamic: an activation whose scale is the min-max of each tensor as it comes, over all
+    of it, over its last axis (token, group) or over all axes but ``axis`` (channel).
+    """
+
+    bits: int
+    grid: Grid
+    granularity: Granularity
+    group_size: int | None = None
+    shape: tuple[int, ...] | None = None
+    dynamic: bool = False
+    axis: int = 0
+
+    def __str__(self) -> str:
+        size = f" of {self.group_size}" if self.group_size else ""
+        return f"{self.bits} bits, {self.grid}, per {self.granularity}{size}" + ", dynamic" * self.dynamic
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; defaults left out."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if value not in (None, False, 0)
+        }
+
+
+class PackedWeight(nn.Module):
+    """A weight as codes: ``forward()`` gives it back as float32 values. Shared by layers with tied weights."""
+
+    codes: Tensor  # uint8, numerics.pack
+    scale: Tensor  # float32, broadcasts against the weight's blocks
+    zero_point: Tensor | None
+
+    def __init__(self, codes: Tensor, form: Form, scale: Tensor, zero_point: Tensor | None = None) -> None:
+        """``codes``: packed bytes of ``form.shape`` stored codes."""
+        super().__init__()
+        assert form.shape is not None
+        self.form, self.shape = form, torch.Size(form.shape)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", zero_point)
+
+    @classmethod
+    def from_codes(cls, codes: Tensor, form: Form, scale: Tensor, zero_point: Tensor | None) -> PackedWeight:
+        """Pack integer codes of any shape."""
+        low, _, _ = bounds(form.grid, form.bits)
+        return cls(pack(codes, form.bits, low), form, scale, zero_point)
+
+    def integers(self) -> Tensor:
+        """The stored codes, int16 in the weight's shape."""
+        low, _, _ = bounds(self.form.grid, self.form.bits)
+        return unpack(self.codes, self.form.bits, math.prod(self.shape), low).view(self.shape)
+
+    def forward(self) -> Tensor:
+        _, _, half = bounds(self.form.grid, self.form.bits)
+        zero_point = 0.0 if self.zero_point is None else self.zero_point
+        codes = self.integers().float()
+        if self.form.group_size is None:
+            return dequantize(codes, self.scale, half, zero_point)
+        blocks = to_groups(codes, self.form.group_size, flatten=True)
+        return from_groups(dequantize(blocks, self.scale, half, zero_point), codes, flatten=True)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.shape)}, {self.form}"
+
+
+class FloatWeight(nn.Module):
+    """A weight that stayed in float in a layer whose input is quantized."""
+
+    values: Tensor
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.shape = values.shape
+        self.register_buffer("values", values)
+
+    def forward(self) -> Tensor:
+        return self.values
+
+
+class FrozenQuantizer(nn.Module):
+    """An activation quantizer with fixed numbers: (..., features) float -> representable float."""
+
+    scale: Tensor | None  # None where dynamic
+    zero_point: Tensor | None
+
+    def __init__(self, form: Form, scale: Tensor | None, zero_point: Tensor | None = None) -> None:
+        super().__init__()
+        self.form = form
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", zero_point)
+
+    def forward(self, x: Tensor) -> Tensor:
+        low, high, half = bounds(self.form.grid, self.form.bits)
+        zero_point = 0.0 if self.zero_point is None else self.zero_point
+        grouped = self.form.group_size is not None
+        blocks = to_groups(x, self.form.group_size, flatten=False) if grouped else x  # type: ignore[arg-type]
+        scale = self._min_max(blocks, high - zero_point + half) if self.scale is None else self.scale
+        values = dequantize(quantize(blocks, scale, low, high, half, zero_point), scale, half, zero_point)
+        return from_groups(values, x, flatten=False) if grouped else values
+
+    def _min_max(self, v: Tensor, steps: Tensor | float) -> Tensor:
+        """Scale such that the largest magnitude of what shares it is the highest level."""
+        match self.form.granularity:
+            case "token" | "group":
+                axes = [v.ndim - 1]
+            case "channel":
+                axes = [a for a in range(v.ndim) if a != self.form.axis % v.ndim]
+            case _:
+                axes = list(range(v.ndim))
+        return (v.abs().amax(axes, keepdim=True) / steps).clamp(min=1e-8)
+
+    def extra_repr(self) -> str:
+        return str(self.form)
+
+
+class IntegerLinear(nn.Module):
+    """``x @ W.T + b`` with packed W: (..., in_features) -> (..., out_features)."""
+
+    kind = "linear"
+
+    def __init__(self, weight: PackedWeight | FloatWeight, input: FrozenQuantizer | None, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight, self.input = weight, input
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.input is None else self.input(x)
+        return F.linear(x, self.weight(), self.bias)
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """The numbers of a convolution that are not tensors."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str = "zeros"
+    border: tuple[int, ...] = ()  # F.pad's argument, for the other padding modes
+
+
+class IntegerConv(nn.Module):
+    """A convolution over one or two axes with packed weights (out, in/groups, *kernel)."""
+
+    kind = "conv"
+
+    def __init__(
+        self,
+        weight: PackedWeight | FloatWeight,
+        input: FrozenQuantizer | None,
+        bias: Tensor | None,
+        geometry: ConvGeometry,
+    ) -> None:
+        super().__init__()
+        self.weight, self.input, self.geometry = weight, input, geometry
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        g = self.geometry
+        x = x if self.input is None else self.input(x)
+        padding: Any = g.padding
+        if g.padding_mode != "zeros":
+            x, padding = F.pad(x, g.border, mode=g.padding_mode), 0
+        convolve: Any = F.conv1d if len(self.weight.shape) == 3 else F.conv2d
+        return convolve(x, self.weight(), self.bias, g.stride, padding, g.dilation, g.groups)
+
+
+class IntegerMatMul(nn.Module):
+    """The product of two activations, ``left @ right``, each on its own grid (or in float)."""
+
+    kind = "matmul"
+
+    def __init__(self, left: FrozenQuantizer | None, right: FrozenQuantizer | None) -> None:
+        super().__init__()
+        self.left, self.right = left, right
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        left = left if self.left is None else self.left(left)
+        right = right if self.right is None else self.right(right)
+        return left @ right
+
+
+class Folded(nn.Identity):
+    """Where a BatchNorm was, before it was folded into the layer ``into``."""
+
+    def __init__(self, into: str) -> None:
+        super().__init__()
+        self.into = into
+
+    def extra_repr(self) -> str:
+        return f"into {self.into}"
+
+
+IntegerLayer = IntegerLinear | IntegerConv | IntegerMatMul
+
+
+def packed_layers(model: nn.Module) -> dict[str, IntegerLayer]:
+    """The packed layers of a model by qualified name, each module once."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, IntegerLayer)}
+
+
+def packed_sites(model: nn.Module) -> dict[str, PackedWeight | FrozenQuantizer]:
+    """The packed sites of a model by site name; a tied weight under its first name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, PackedWeight | FrozenQuantizer)}
