@@ -1,0 +1,49 @@
+"""report.html of one run: the order of its parts, and nothing else.
+
+First screen: what was asked, what came out, whether it was verified. Then why to believe it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bitsmith.files import write_atomic
+from bitsmith.report import behaviour, outcome, page, record, words
+from bitsmith.report.metrics import Run, read_run
+
+
+def write_report(run_directory: str | Path) -> Path:
+    """Write ``report.html`` into a run directory, from the files that it holds. Raises FormatError."""
+    run = read_run(run_directory)
+    path = run.directory / "report.html"
+    write_atomic(path, render(run).encode())
+    return path
+
+
+def render(run: Run) -> str:
+    """The page as a string."""
+    title, sentence = words.headline(run)
+    header = (
+        f'<div class="brand">{page.MARK}<b>Bitsmith</b><span class="run">{page.text(run.name)}</span></div>'
+        f'<h1>{page.text(title)}</h1><p class="lead">{page.text(sentence)}</p>'
+        f'<p class="asked">{page.text(words.asked(run))}</p>'
+    )
+    body = outcome.alert(run) + outcome.tiles(run)
+    body += "".join(
+        page.grid(row)
+        for row in (
+            (outcome.accuracy(run), outcome.cost(run)),
+            (outcome.layers(run),),
+            (behaviour.traces(run),),
+            (behaviour.confusion(run), behaviour.misread(run)),
+            (behaviour.shifts(run), record.certificate(run)),
+            (record.coverage(run),),
+            (record.timings(run), record.environment(run)),
+            (record.recipe(run),),
+        )
+    )
+    footer = (
+        "Made by Bitsmith from the files in this run directory; works offline. "
+        "Bytes are decimal (1 kB = 1,000 B). Accuracies are of the test set unless they say validation."
+    )
+    return page.document(f"{title} · {run.name}", header, body, footer)

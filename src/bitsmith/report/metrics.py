@@ -1,0 +1,296 @@
+"""Reads a run directory into one value, `Run`, which every page of the report is drawn from.
+
+All reading and all doubt live here: what is missing (but metrics.json) is left out of the pages, what is
+corrupted or foreign is a FormatError of one line, and what comes out can be formatted without looking twice.
+Nothing here draws, computes an accuracy or touches a model.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitsmith.errors import FormatError
+from bitsmith.files import read_json
+from bitsmith.report.certificate import Certified, is_number, read_certificate
+
+VERSION = 1
+FLOAT_BITS = 32
+EXPORTED_FILES = {"native": "model/model.safetensors", "onnx": "model.onnx", "gguf": "model.gguf"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One multiplying layer. Bits are None where it has no such operand, 32 where that stays in float.
+
+    Of a product of two activations, `weight_bits` is the left operand's, `activation_bits` the right one's.
+    """
+
+    name: str
+    kind: str
+    weight_bits: float | None = None
+    activation_bits: float | None = None
+    weight_bytes: float | None = None
+    bops: float | None = None
+    macs: float | None = None
+
+    @property
+    def is_product(self) -> bool:
+        """Of two activations (attention), without a weight."""
+        return self.kind.lower().endswith("matmul")
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Answers on the test set, (n,) int64 each, and misread images (k, channels, height, width) in 0..1."""
+
+    labels: NDArray[np.int64]
+    answers: Mapping[str, NDArray[np.int64]]  # "float", "quantized", "exported": those that are known
+    images: NDArray[np.float64]
+    image_rows: NDArray[np.int64]  # (k,) rows of `labels` that the images belong to
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that a run directory says."""
+
+    directory: Path
+    name: str
+    metrics: Mapping[str, Any]
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    coverage: Mapping[str, Any] = field(default_factory=dict)
+    history: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    layers: tuple[Layer, ...] = ()
+    certified: tuple[Certified, ...] = ()
+    predictions: Predictions | None = None
+    recipe: str = ""
+    files: Mapping[str, int] = field(default_factory=dict)  # exported file -> bytes on disk
+
+    def accuracy(self, stage: str) -> float | None:
+        """Accuracy in 0..1 of "float", "post_training", "quantized", "uniform" or "exported"."""
+        if stage == "exported":
+            exports = self.metrics.get("exported") or {}
+            found = [entry.get("accuracy") for entry in exports.values() if isinstance(entry, dict)]
+            return next((value for value in found if value is not None), None)
+        value = (self.metrics.get(stage) or {}).get("accuracy")
+        return float(value) if is_number(value) else None
+
+    def cost(self, key: str) -> float | None:
+        value = (self.metrics.get("cost") or {}).get(key)
+        return float(value) if is_number(value) else None
+
+    @property
+    def budgets(self) -> list[Mapping[str, Any]]:
+        """The budgets that had a limit: none, one or several."""
+        found = self.metrics.get("budget") or []
+        return [
+            one for one in ([found] if isinstance(found, dict) else found) if one.get("limit") is not None
+        ]
+
+    @property
+    def test_images(self) -> int | None:
+        return len(self.predictions.labels) if self.predictions else None
+
+    @property
+    def verified(self) -> bool | None:
+        """False when any export failed, True when at least one passed, None when nothing was verified."""
+        verdicts = [entry.passed for entry in self.certified if entry.passed is not None]
+        return all(verdicts) if verdicts else None
+
+
+def read_run(directory: str | Path) -> Run:
+    """Read and validate a run directory; only metrics.json must be there."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FormatError(
+            "there is no such run directory",
+            where=str(directory),
+            remedy="Give the --out of a `bitsmith run`",
+        )
+    metrics = _read_metrics(directory / "metrics.json")
+    plan = _optional(directory / "plan.json", "plan")
+    coverage = _optional(directory / "coverage.json", "coverage report")
+    history = _optional(directory / "history.json", "training history")
+    for phase, entries in history.items():
+        if phase != "version" and not (
+            isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)
+        ):
+            raise FormatError(
+                f"the trace of {phase} is not a list of objects", where=str(directory / "history.json")
+            )
+    recipe = directory / "recipe.yaml"
+    sizes = {
+        path: (directory / path).stat().st_size
+        for path in EXPORTED_FILES.values()
+        if (directory / path).is_file()
+    }
+    return Run(
+        directory=directory,
+        name=directory.resolve().name,
+        metrics=metrics,
+        plan=plan,
+        coverage=coverage,
+        history={phase: entries for phase, entries in history.items() if phase != "version"},
+        layers=_layers(metrics, plan),
+        certified=read_certificate(_optional(directory / "certificate.json", "certificate")),
+        predictions=_read_predictions(directory / "predictions.npz"),
+        recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
+        files=sizes,
+    )
+
+
+def mean_bits(bits: Any) -> float | None:
+    """Average of a bit-width as plans write it: 4, 3.5, or run lengths per channel "16x2,48x4"."""
+    if is_number(bits):
+        return float(bits)
+    if not isinstance(bits, str):
+        return None
+    try:
+        runs = [(int(count), float(width)) for count, width in (run.split("x") for run in bits.split(","))]
+        return sum(count * width for count, width in runs) / sum(count for count, _ in runs)
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def _optional(path: Path, what: str) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    value = read_json(path, what)
+    _check_version(path, what, value)
+    return value
+
+
+def _check_version(path: Path, what: str, value: Mapping[str, Any]) -> None:
+    if value.get("version", VERSION) != VERSION:
+        raise FormatError(
+            f"this {what} is of another version",
+            where=str(path),
+            got=value["version"],
+            expected=VERSION,
+            remedy="Read it with the Bitsmith that wrote it, or run again",
+        )
+
+
+def _read_metrics(path: Path) -> dict[str, Any]:
+    metrics = read_json(path, "metrics file")
+    _check_version(path, "metrics file", metrics)
+    for section in ("float", "post_training", "quantized", "uniform", "exported", "shift", "cost", "time"):
+        if not isinstance(metrics.get(section) or {}, dict):
+            raise FormatError(f"{section} is not an object", where=str(path), got=metrics[section])
+    for stage in ("float", "quantized"):
+        if "accuracy" not in (metrics.get(stage) or {}):
+            raise FormatError(
+                f"this metrics file has no {stage}.accuracy",
+                where=str(path),
+                remedy="Give the directory of a finished `bitsmith run`",
+            )
+    accuracies: list[tuple[str, Any]] = [
+        (f"{stage}.accuracy", (metrics.get(stage) or {}).get("accuracy"))
+        for stage in ("float", "post_training", "quantized", "uniform")
+    ]
+    for group in ("exported", "shift"):
+        for name, entry in (metrics.get(group) or {}).items():
+            if not isinstance(entry, dict):
+                raise FormatError(f"{group}.{name} is not an object", where=str(path), got=entry)
+            values = {"accuracy": entry.get("accuracy")} if group == "exported" else entry
+            accuracies += [(f"{group}.{name}.{key}", value) for key, value in values.items()]
+    for key, value in accuracies:
+        if value is not None and not (is_number(value) and 0 <= value <= 1):
+            raise FormatError(f"{key} is not an accuracy", where=str(path), got=value, expected="0 to 1")
+    for key, value in (metrics.get("cost") or {}).items():
+        figure = value is not None and not isinstance(value, (dict, list, str))
+        if figure and not (is_number(value) and value >= 0):
+            raise FormatError(f"cost.{key} is not a cost", where=str(path), got=value, expected=">= 0")
+    return metrics
+
+
+def _layer(entry: Mapping[str, Any]) -> Layer:
+    """One entry of the cost report; a product of two activations has its widths in `operand_bits`."""
+    first, second = entry.get("operand_bits") or (entry.get("weight_bits"), entry.get("activation_bits"))
+    return Layer(
+        name=str(entry.get("name", "?")),
+        kind=str(entry.get("kind", "")),
+        weight_bits=mean_bits(first),
+        activation_bits=mean_bits(second),
+        weight_bytes=entry.get("weight_bytes"),
+        bops=entry.get("bops"),
+        macs=entry.get("macs"),
+    )
+
+
+def _layers(metrics: Mapping[str, Any], plan: Mapping[str, Any]) -> tuple[Layer, ...]:
+    """Layers with their costs where the cost report lists them, else as the plan's site names give them."""
+    for source in (metrics, plan):
+        entries = (source.get("cost") or {}).get("layers")
+        if entries:
+            return tuple(_layer(entry) for entry in entries)
+    widths: dict[str, dict[str, float | None]] = {}
+    for site, entry in (plan.get("sites") or {}).items():
+        layer, _, operand = site.rpartition(".")
+        widths.setdefault(layer, {})[operand] = mean_bits(entry.get("bits"))
+    return tuple(
+        Layer(
+            name=name,
+            kind="matmul" if "left" in operands else "layer",
+            weight_bits=operands.get("weight", operands.get("left")),
+            activation_bits=operands.get("input", operands.get("right")),
+        )
+        for name, operands in widths.items()
+    )
+
+
+def _read_predictions(path: Path) -> Predictions | None:
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        raise FormatError(
+            f"these predictions are corrupted, truncated or not an .npz file ({error})",
+            where=str(path),
+            remedy="Delete the file (the report leaves out what it held), or run again",
+        ) from None
+    if "labels" not in arrays:
+        raise FormatError(
+            "these predictions have no labels", where=str(path), got=", ".join(sorted(arrays)) or "nothing"
+        )
+    labels = arrays["labels"].astype(np.int64).reshape(-1)
+    answers: dict[str, NDArray[np.int64]] = {}
+    for name in ("float", "quantized", "exported"):
+        if name in arrays:
+            answers[name] = arrays[name].astype(np.int64).reshape(-1)
+            if len(answers[name]) != len(labels):
+                raise FormatError(
+                    f"the {name} predictions do not match the labels",
+                    where=str(path),
+                    got=len(answers[name]),
+                    expected=f"{len(labels)}",
+                )
+    images = np.asarray(arrays.get("images", np.zeros((0, 1, 1, 1))))
+    rows = np.asarray(arrays.get("image_rows", np.zeros(0))).astype(np.int64).reshape(-1)
+    if images.ndim == 3:
+        images = images[:, None]
+    if (
+        images.ndim != 4
+        or len(rows) != len(images)
+        or (rows.size and not 0 <= rows.min() <= rows.max() < len(labels))
+    ):
+        raise FormatError(
+            "the misread images do not match their rows",
+            where=str(path),
+            got=f"images {images.shape}, image_rows {rows.shape}",
+            expected="images (k, channels, height, width), image_rows (k,) into the test set",
+        )
+    scale = 255.0 if images.dtype == np.uint8 else 1.0
+    top = int(max([labels.max(initial=0), *(a.max(initial=0) for a in answers.values())])) + 1
+    classes = [str(name) for name in arrays.get("classes", np.arange(top)).reshape(-1)]
+    classes += [str(index) for index in range(len(classes), top)]
+    return Predictions(labels, answers, images.astype(np.float64) / scale, rows, tuple(classes))

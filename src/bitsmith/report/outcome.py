@@ -1,0 +1,189 @@
+"""What came out: tiles, accuracy by stage, cost against float, bits of every layer. From `Run` to markup.
+
+What a part says is decided here and in behaviour.py and record.py; how figures are written in words.py, how
+it is drawn in svg.py, how it is boxed in page.py. Where its data is missing a part is empty. Colours mean the
+same everywhere: grey is float, amber post-training, blue quantized (and weights), violet exported, teal
+activations, red wrong.
+"""
+
+from __future__ import annotations
+
+import math
+
+from bitsmith.report import page, svg, words
+from bitsmith.report.metrics import FLOAT_BITS, Run
+
+STAGES = {  # stage -> (name, colour)
+    "float": ("Float", "float"),
+    "post_training": ("Post-training", "post"),
+    "uniform": ("Uniform bits", "acts"),
+    "quantized": ("Quantized", "quant"),
+    "exported": ("Exported", "export"),
+}
+
+
+def tiles(run: Run) -> str:
+    """The key figures."""
+    digits = words.decimals(run)
+    before, after = run.accuracy("float"), run.accuracy("quantized")
+    difference = words.points((after or 0) - (before or 0), digits)
+    parts = [
+        page.tile(
+            "Accuracy",
+            words.percent(after, digits),
+            f"float {words.percent(before, digits)}, {difference} points",
+        )
+    ]
+    for key, what, show, less in (
+        ("weight_bytes", "Weights", words.size, "smaller than float"),
+        ("bops", "Bit operations", words.count, "fewer than float"),
+    ):
+        used, full = run.cost(key), run.cost(f"{key}_float")
+        if used is not None:
+            more = f"{words.factor(full, used)} {less}, {show(full)}" if full else ""
+            parts.append(page.tile(what, show(used), more))
+    weights, activations = run.cost("average_weight_bits"), run.cost("average_activation_bits")
+    if len(parts) < 3 and weights is not None:
+        parts.append(page.tile("Average bits", words.bits(weights), f"activations {words.bits(activations)}"))
+    failed = words.listing(entry.runtime for entry in run.certified if entry.passed is False)
+    value, more, state = {
+        True: ("Verified", f"in {words.listing(words.runtimes(run, version=True))}", "good"),
+        False: ("Failed", f"in {failed}", "bad"),
+        None: ("Not verified", "no export was checked", ""),
+    }[run.verified]
+    parts.append(page.tile("Exported file", value, more, state))
+    return f'<div class="tiles">{"".join(parts)}</div>'
+
+
+def alert(run: Run) -> str:
+    """What went wrong, before anything else."""
+    failures = [
+        f"<b>{page.text(entry.runtime_name)} does not compute what was trained.</b> "
+        + page.text(
+            entry.failure
+            or "; ".join(f"{what} {figures}".strip() for what, held, figures in entry.checks if held is False)
+        )
+        for entry in run.certified
+        if entry.passed is False
+    ]
+    return "".join(f'<div class="alert" role="alert">{failure}</div>' for failure in failures)
+
+
+def accuracy(run: Run) -> str:
+    """Float, post-training, quantized, exported on one axis."""
+    digits, images = words.decimals(run), run.test_images
+    marks = []
+    for stage, (label, kind) in STAGES.items():
+        value = run.accuracy(stage)
+        if value is not None:
+            spread = None
+            if images:
+                error = math.sqrt(value * (1 - value) / images)
+                spread = (max(value - error, 0.0), min(value + error, 1.0))
+            marks.append(svg.Mark(label, value, kind, words.percent(value, digits), spread))
+    label = "Accuracy: " + ", ".join(f"{mark.label} {mark.text}" for mark in marks)
+    plot = svg.dots(marks, label, reference=run.accuracy("float"))
+    note = f"Lines: one standard error of {images:,} test images." if images else ""
+    return page.card("Accuracy", plot + _note(note), note=_gain(run, digits))
+
+
+def _gain(run: Run, digits: int) -> str:
+    before, after = run.accuracy("post_training"), run.accuracy("quantized")
+    if before is None or after is None:
+        return ""
+    text = words.points(after - before, digits)
+    if text.startswith("+"):
+        return f"Training at these bits gained {text[1:]} points over rounding the float model to them."
+    if text.startswith(words.MINUS):
+        return f"Training at these bits lost {text[1:]} points against rounding the float model to them."
+    return "Rounding the float model to these bits is as accurate as training at them."
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{page.text(text)}</p>' if text else ""
+
+
+def cost(run: Run) -> str:
+    """Size and bit operations as lengths against float, exported files, averages."""
+    groups = []
+    for key, name, show in (("weight_bytes", "Weights", words.size), ("bops", "Bit operations", words.count)):
+        used, full = run.cost(key), run.cost(f"{key}_float")
+        if used is not None and full:
+            groups.append(
+                (
+                    name,
+                    [
+                        svg.Mark("float", 1.0, "float", show(full)),
+                        svg.Mark("quantized", used / full, "quant", show(used)),
+                    ],
+                )
+            )
+    label = "; ".join(
+        f"{name}: {' against '.join(f'{m.label} {m.text}' for m in marks)}" for name, marks in groups
+    )
+    plot = svg.bars(groups, 1.0, label) if groups else ""
+    keys = page.legend([("b-float", "Float"), ("b-quant", "Quantized")]) if groups else ""
+    entries = []
+    weights, activations = run.cost("average_weight_bits"), run.cost("average_activation_bits")
+    if weights is not None:
+        text = f"{words.bits(weights)} for weights"
+        entries.append(
+            ("Average bits", text + (f", {words.bits(activations)} for activations" if activations else ""))
+        )
+    entries += [("Budget", words.budget_text(budget)) for budget in run.budgets]
+    if run.cost("latency_us") is not None:
+        entries.append(("Latency", f"{run.cost('latency_us'):.4g}{words.SPACE}µs per input, by table"))
+    if run.cost("energy_uj") is not None:
+        entries.append(("Energy", f"{run.cost('energy_uj'):.4g}{words.SPACE}µJ per input, by table"))
+    entries += [(path, f"{words.size(bytes_)} on disk") for path, bytes_ in run.files.items()]
+    return page.card(
+        "Size and bit operations",
+        keys + plot + page.facts(entries),
+        note="Sizes count codes, scales, biases and what stayed in float. "
+        "A bit operation is one multiplication times the bits of both operands.",
+    )
+
+
+def layers(run: Run) -> str:
+    """Bits of every layer as bars, with what the layer costs."""
+    if not run.layers:
+        return ""
+    total = sum(layer.bops or 0 for layer in run.layers)
+    costly = any(layer.bops is not None or layer.weight_bytes is not None for layer in run.layers)
+    rows = []
+    for layer in run.layers:
+        matmul = layer.is_product
+        names = ("left operand", "right operand") if matmul else ("weights", "activations")
+        first = _width(layer.weight_bits, "acts" if matmul else "quant", layer.name, names[0])
+        second = _width(layer.activation_bits, "acts", layer.name, names[1])
+        kind = f" <small>{page.text(_kind(layer.kind))}</small>" if layer.kind else ""
+        row = f'<th scope="row">{page.name(layer.name)}{kind}</th><td>{first}</td><td>{second}</td>'
+        if costly:
+            size = words.size(layer.weight_bytes) if layer.weight_bytes else words.DASH
+            share = (layer.bops or 0) / total if total else 0.0
+            row += (
+                f'<td class="number" data-what="bytes">{size}</td>'
+                f'<td class="number" data-what="operations">{words.count(layer.bops)} '
+                f"<small>{words.small_percent(share)}</small>{svg.share_bar(share, 'quant')}</td>"
+            )
+        rows.append(f"<tr>{row}</tr>")
+    columns = "".join(f'<th scope="col">{head}</th>' for head in ("Layer", "Weights", "Activations"))
+    if costly:
+        heads = ("Weight bytes", "Bit operations")
+        columns += "".join(f'<th scope="col" class="number">{head}</th>' for head in heads)
+    keys = page.legend([("b-quant", "Weights"), ("b-acts", "Activations")])
+    keys = keys.replace("legend", "legend narrow", 1)  # on a phone the table has no head
+    body = f'<table class="layers"><thead><tr>{columns}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    return page.card("Bits per layer", keys + body, wide=True)
+
+
+def _kind(kind: str) -> str:
+    return kind.removeprefix("Quant").lower()
+
+
+def _width(bits: float | None, kind: str, layer: str, operand: str) -> str:
+    if bits is None:
+        return f"<small>{words.DASH}</small>"
+    shown = words.bits(bits)
+    label = f"{layer}, {operand}: {shown}" + ("" if bits >= FLOAT_BITS else " bits")
+    return f'<div class="widths"><b>{shown}</b>{svg.width_bar(bits, kind, label)}</div>'

@@ -1,0 +1,144 @@
+"""The small print: certificate, coverage, timings, environment, recipe. From `Run` to markup.
+
+See outcome.py for what lives where. Long tables are folded away, but nothing is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bitsmith.report import page, svg, words
+from bitsmith.report.metrics import Run, mean_bits
+
+SITE_COLUMNS = ("kind", "bits", "grid", "granularity", "group_size", "range", "elements")
+
+
+def certificate(run: Run) -> str:
+    """What was checked in which runtime, and what was not."""
+    parts = []
+    for entry in run.certified:
+        state, word = {True: ("good", "passed"), False: ("bad", "failed"), None: ("", "not checked")}[
+            entry.passed
+        ]
+        parts.append(f'<h3>{page.text(entry.runtime)}<span class="badge {state}">{word}</span></h3>')
+        items = []
+        for what, held, figures in entry.checks:
+            kind = {True: "yes", False: "no", None: "unknown"}[held]
+            detail = f"<small>{page.text(figures)}</small>" if figures else ""
+            items.append(f'<li class="{kind}">{page.text(what)}{detail}</li>')
+        items += [f'<li class="unknown">not checked: {page.text(what)}</li>' for what in entry.not_checked]
+        parts.append(f'<ul class="checks">{"".join(items)}</ul>')
+        if entry.sites:
+            rows = [[page.name(site), f"{error:.3g}"] for site, error in entry.sites]
+            largest = f"Output error of {len(rows)} sites, largest {entry.sites[0][1]:.3g}"
+            parts.append(
+                page.folded(largest, page.table(["Site", "Output error"], rows, largest, numbers=(1,)))
+            )
+    return page.card(
+        "Certificate", "".join(parts), note="The exported file, run in its own runtime and compared."
+    )
+
+
+def coverage(run: Run) -> str:
+    """Every site, and everything that stays in float with the reason."""
+    sites = _site_rows(run)
+    columns = ["site", *(key for key in SITE_COLUMNS if any(site.get(key) is not None for site in sites))]
+    rows = [
+        [page.name(site.get("name", "?")), *(_cell(site.get(key)) for key in columns[1:])] for site in sites
+    ]
+    numbers = [index for index, key in enumerate(columns) if key in ("bits", "group_size", "elements")]
+    heads = [key.replace("_", " ").capitalize() for key in columns]
+    parts = []
+    if rows:
+        inner = page.table(heads, rows, "Quantized sites", numbers)
+        parts.append(page.folded(f"{len(rows)} quantized sites", inner, opened=len(rows) <= 16))
+    leftovers = run.coverage.get("leftovers") or run.coverage.get("floats") or []
+    if leftovers:
+        rows = [
+            [
+                page.name(entry.get("name", "?")),
+                _cell(entry.get("elements")),
+                page.text(entry.get("reason", "")),
+            ]
+            for entry in leftovers
+        ]
+        inner = page.table(["Tensor", "Elements", "Why"], rows, "Tensors in float", numbers=(1,))
+        parts.append(page.folded(f"{len(rows)} tensors stay in float", inner, opened=len(rows) <= 16))
+    return page.card(
+        "Coverage",
+        "".join(parts),
+        note="Nothing is skipped in silence: a tensor is quantized or listed.",
+        wide=True,
+    )
+
+
+def _site_rows(run: Run) -> list[dict[str, Any]]:
+    """Sites of the coverage report, completed from the plan (which knows the final bits)."""
+    planned: Mapping[str, Mapping[str, Any]] = run.plan.get("sites") or {}
+    listed = run.coverage.get("sites") or []
+    if isinstance(listed, dict):
+        listed = [{"name": name, **entry} for name, entry in listed.items()]
+    if not listed:
+        listed = [{"name": name} for name in planned]
+    return [{**site, **planned.get(str(site.get("name")), {})} for site in listed]
+
+
+def _cell(value: Any) -> str:
+    if value is None or value == 0:
+        return words.DASH
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, str) and "x" in value and mean_bits(value) is not None:
+        return f"{words.bits(mean_bits(value))} <small>{page.text(value)}</small>"
+    return f"{value:,}" if isinstance(value, int) else page.text(value)
+
+
+def timings(run: Run) -> str:
+    """Seconds per stage, the longest bar the longest stage."""
+    spent = {
+        key: float(value)
+        for key, value in (run.metrics.get("time") or {}).items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+    total = next((spent.pop(key) for key in ("total", "total_seconds", "seconds") if key in spent), None)
+    if not spent and total is None:
+        return ""
+    groups = [
+        (_stage(key), [svg.Mark("seconds", value, "quant", words.seconds(value))])
+        for key, value in spent.items()
+    ]
+    label = "Time: " + ", ".join(f"{name} {marks[0].text}" for name, marks in groups)
+    plot = svg.bars(groups, max(spent.values()) or 1.0, label) if groups else ""
+    whole = words.seconds(total if total is not None else sum(spent.values()))
+    return (
+        page.card("Time", plot, note=f"{whole} in all.")
+        if plot
+        else page.card("Time", _note(f"{whole} in all."))
+    )
+
+
+def _stage(key: str) -> str:
+    known = {"qat": "Quantized", "onnx": "ONNX"}
+    name = key.removesuffix("_seconds").removesuffix("_s")
+    return known.get(name, name.replace("_", " ").capitalize())
+
+
+def environment(run: Run) -> str:
+    """Versions and machine."""
+    entries = []
+    if run.metrics.get("seed") is not None:
+        entries.append(("seed", str(run.metrics["seed"])))
+    for key, value in (run.metrics.get("environment") or {}).items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{inner} {shown}" for inner, shown in value.items())
+        entries.append((str(key).replace("_", " "), str(value)))
+    return page.card("Environment", page.facts(entries))
+
+
+def recipe(run: Run) -> str:
+    """The resolved recipe, verbatim."""
+    if not run.recipe:
+        return ""
+    body = page.folded("recipe.yaml, resolved", f'<pre tabindex="0">{page.text(run.recipe)}</pre>')
+    return page.card("Recipe", body, wide=True)

@@ -1,0 +1,205 @@
+"""Figures and sentences: how the report writes an accuracy, a size, a factor, and its headline.
+
+Pure functions from numbers to strings, without markup. A narrow no-break space stands between a number and
+its unit, and the minus is a minus, so that figures keep together and line up.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from bitsmith.report.certificate import runtime_title
+from bitsmith.report.metrics import FLOAT_BITS, Layer, Run
+
+SPACE = "\u202f"  # narrow no-break space
+MINUS = "\u2212"
+TIMES = "\u00d7"
+DASH = "\u2013"
+
+
+def percent(fraction: float | None, decimals: int = 1) -> str:
+    """0.9775 -> "97.8 %"."""
+    return DASH if fraction is None else f"{100 * fraction:.{decimals}f}{SPACE}%"
+
+
+def small_percent(fraction: float | None) -> str:
+    """A share with two or three significant digits: 0.0312 -> "3.1 %", 0.00042 -> "0.042 %"."""
+    if fraction is None:
+        return DASH
+    value = 100 * fraction
+    if value == 0 or value >= 99.95:
+        return f"{value:.0f}{SPACE}%"
+    return f"{value:.1f}{SPACE}%" if value >= 1 else f"{value:.2g}{SPACE}%"
+
+
+def points(difference: float | None, decimals: int = 1) -> str:
+    """A signed difference of accuracies in percentage points, without the unit: -0.0031 -> "−0.3"."""
+    if difference is None:
+        return DASH
+    text = f"{abs(100 * difference):.{decimals}f}"
+    if float(text) == 0:
+        return text
+    return ("+" if difference > 0 else MINUS) + text
+
+
+def size(count: float | None) -> str:
+    """Bytes in decimal units, as file managers and data sheets count: 4123 -> "4.1 kB"."""
+    return DASH if count is None else _scaled(count, ("B", "kB", "MB", "GB", "TB"))
+
+
+def count(value: float | None) -> str:
+    """A large count: 12345678 -> "12.3 M"."""
+    return DASH if value is None else _scaled(value, ("", "k", "M", "G", "T", "P"))
+
+
+def _scaled(value: float, units: tuple[str, ...]) -> str:
+    index = 0
+    while value >= 999.5 and index < len(units) - 1:
+        value /= 1000
+        index += 1
+    whole = index == 0 or value >= 99.95
+    return f"{value:.0f}{SPACE}{units[index]}".rstrip(SPACE) if whole else f"{value:.1f}{SPACE}{units[index]}"
+
+
+def factor(larger: float | None, smaller: float | None) -> str:
+    """How many times less: 31.2 -> "31×", 7.31 -> "7.3×"."""
+    if not larger or not smaller:
+        return DASH
+    ratio = larger / smaller
+    return f"{ratio:.0f}{TIMES}" if ratio >= 9.95 else f"{ratio:.1f}{TIMES}"
+
+
+def bits(value: float | None) -> str:
+    """Bits of an operand: "4", "2.5", "float", or a dash where it has none."""
+    if value is None:
+        return DASH
+    return "float" if value >= FLOAT_BITS else f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+def seconds(value: float | None) -> str:
+    if value is None:
+        return DASH
+    if value < 1:
+        return f"{1000 * value:.0f}{SPACE}ms"
+    if value < 99.95:
+        return f"{value:.1f}{SPACE}s"
+    minutes, rest = divmod(round(value), 60)
+    if minutes < 60:
+        return f"{minutes}{SPACE}min {rest}{SPACE}s"
+    return f"{minutes // 60}{SPACE}h {minutes % 60}{SPACE}min"
+
+
+def decimals(run: Run) -> int:
+    """Digits after the point that the test set can carry: one image of 2,000 is 0.05 points."""
+    return 2 if (run.test_images or 0) >= 2000 else 1
+
+
+def listing(items: Iterable[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    known = list(items)
+    return ", ".join(known[:-1]) + " and " + known[-1] if len(known) > 1 else "".join(known)
+
+
+def headline(run: Run) -> tuple[str, str]:
+    """What came out, as a short title and one sentence: ("97.8 % in 4.1 kB", "7.3× smaller, …")."""
+    digits = decimals(run)
+    title = percent(run.accuracy("quantized"), digits)
+    if run.cost("weight_bytes") is not None:
+        title += f" in {size(run.cost('weight_bytes'))}"
+    parts = []
+    if run.cost("weight_bytes") and run.cost("weight_bytes_float"):
+        parts.append(f"{factor(run.cost('weight_bytes_float'), run.cost('weight_bytes'))} smaller")
+    if run.cost("bops") and run.cost("bops_float"):
+        parts.append(f"{factor(run.cost('bops_float'), run.cost('bops'))} fewer bit operations")
+    sentence = ", ".join(parts) + " than float; " if parts else ""
+    return title, f"{sentence}{against_float(run)}; {verdict(run)}."
+
+
+def against_float(run: Run) -> str:
+    """ "0.3 points below float", "as accurate as float"."""
+    difference = (run.accuracy("quantized") or 0.0) - (run.accuracy("float") or 0.0)
+    text = points(difference, decimals(run))
+    if float(text.strip("+" + MINUS)) == 0:
+        return "as accurate as float"
+    number = text.strip("+" + MINUS)
+    unit = "point" if float(number) == 1 else "points"
+    return f"{number} {unit} {'below' if difference < 0 else 'above'} float"
+
+
+def verdict(run: Run) -> str:
+    """ "verified in ONNX Runtime"; our own reader is named only where no other runtime was asked."""
+    passed = runtimes(run)
+    failed = [entry.runtime_name for entry in run.certified if entry.passed is False]
+    if failed:
+        return f"verification failed in {listing(failed)}"
+    return f"verified in {listing(passed)}" if passed else "not verified"
+
+
+def runtimes(run: Run, version: bool = False) -> list[str]:
+    """Where the exported files were verified, other people's runtimes before our own."""
+    names = {
+        entry.runtime_name: entry.runtime if version else entry.runtime_name
+        for entry in run.certified
+        if entry.passed
+    }
+    foreign = [shown for name, shown in names.items() if name != "Bitsmith"]
+    return foreign or list(names.values())
+
+
+def asked(run: Run) -> str:
+    """What was asked, in words: model, data, widths, budget, target, as far as the run directory knows."""
+    parts = []
+    model, data = run.metrics.get("model"), run.metrics.get("data")
+    if model:
+        parts.append(f"{model} on {data}" if data else str(model))
+    weights, activations = (usual_bits(run.layers, operand) for operand in ("weight_bits", "activation_bits"))
+    if weights or activations:
+        parts.append(", ".join(text for text in (weights, activations) if text))
+    parts += [f"budget {budget_text(budget)}" for budget in run.budgets]
+    if run.plan.get("target"):
+        target = run.plan["target"]
+        name = str(target.get("name", "a custom target") if isinstance(target, dict) else target)
+        parts.append(f"for {runtime_title(name)}" if name != "native" else "for Bitsmith's own format")
+    return " · ".join(parts)
+
+
+def usual_bits(layers: tuple[Layer, ...], operand: str) -> str:
+    """ "2-bit weights (2 layers at 8)", from the widths of all layers."""
+    known = [
+        value
+        for layer in layers
+        if not (operand == "weight_bits" and layer.is_product)
+        and (value := getattr(layer, operand)) is not None
+    ]
+    if not known:
+        return ""
+    name = "weights" if operand == "weight_bits" else "activations"
+    ranked = Counter(known).most_common()
+    usual, often = ranked[0]
+    if usual >= FLOAT_BITS:
+        return f"float {name}" if often == len(known) else f"mostly float {name}"
+    if len(ranked) > 2:
+        return f"{bits(min(known))}- to {bits(max(known))}-bit {name}".replace("to float-bit", "bit to float")
+    rest = len(known) - often
+    others = f" ({rest} layer{'s' * (rest > 1)} at {bits(ranked[1][0])})" if rest else ""
+    return f"{bits(usual)}-bit {name}{others}"
+
+
+def budget_text(budget: Mapping[str, Any]) -> str:
+    """ "3.0 % of float BOPs (2.97 % used)": shares where limit <= 1, else absolute figures."""
+    kind, limit, used = str(budget.get("kind", "cost")), budget.get("limit"), budget.get("used")
+    title = {"bops": "bit operations", "weight_bytes": "weight bytes"}.get(kind, kind.replace("_", " "))
+
+    def figure(value: Any) -> str:
+        number = float(value)
+        if "average" in kind:
+            return f"{number:.2f}"
+        if isinstance(limit, (int, float)) and limit <= 1:
+            return small_percent(number)
+        return size(number) if "bytes" in kind else count(number)
+
+    share = isinstance(limit, (int, float)) and limit <= 1 and "average" not in kind
+    text = f"{figure(limit)} of float {title}" if share else f"{figure(limit)} {title}"
+    return text + (f" ({figure(used)} used)" if used is not None else "")
