@@ -1,0 +1,60 @@
+"""The five hooks through which a method looks into training.
+
+A method is a module so that its buffers are its state and its `state_dict` is its checkpoint; it keeps no
+state elsewhere (a generator's state goes through `get_extra_state`). Parameters that it trains are added to
+the *model* in `attach`, so that every optimizer built from `model.parameters()` moves them; the layers it
+remembers go into plain lists, as a module stored as an attribute would be saved twice.
+
+Unlike callback systems with dozens of events there are five hooks, each a no-op here, in this order:
+
+    task loss backward (all micro-batches) -> after_backward -> penalty().backward() -> clip -> optimizer step
+    -> after_step
+
+Our loop (`bitsmith.train`) has no privileges: a loop of your own calls the same hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from bitsmith.quantization import Plan
+
+Closure = Callable[[], Tensor]
+
+
+class Method(nn.Module):
+    """Base of all methods: override the hooks that you need."""
+
+    def attach(self, model: nn.Module) -> None:
+        """Choose bit-widths, add parameters to the model, remember sites; once, before `calibrate`."""
+
+    def penalty(self) -> Tensor:
+        """Terms of the loss that depend on parameters alone, as a scalar; it has a backward of its own.
+
+        Once per optimizer step, whatever the accumulation, loss scaling or number of processes. A result
+        that needs no gradient is skipped. Terms of activations are added at the site instead.
+        """
+        return torch.zeros(())
+
+    def after_backward(self, closure: Closure) -> None:
+        """Change the gradients of the task loss before the penalty's are added.
+
+        ``closure()`` is a second pass for sharpness-like methods: it clears the gradients, runs all
+        micro-batches of this step forward and backward with the weights as they now are and BatchNorm
+        statistics frozen, and returns their mean loss (detached). At most one method of a run calls it.
+        """
+
+    def after_step(self, step: int, steps: int) -> None:
+        """Move multipliers, temperatures, anchors; draw the noise of the next forward.
+
+        ``step`` counts optimizer steps from 0; the last call is ``after_step(steps - 1, steps)``.
+        """
+
+    def plan(self) -> Plan | None:
+        """The bit-widths decided, or None from a method that decides none."""
+        return None
