@@ -1,0 +1,207 @@
+"""Where data come from: `load` of "digits", "npz:PATH", "folder:PATH" or "package.module:factory".
+
+Loaders are functions that return a checked `Data` (dataset.py); a table names them. Nothing is downloaded.
+Images keep their range: uint8 is read as value / 255, floats are passed to the model as they are.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitsmith.errors import DataError, MissingExtra
+from bitsmith.tasks.augment import AUGMENTATIONS, Augmentation
+from bitsmith.tasks.dataset import SPLITS, Data, hold_out
+from bitsmith.tasks.factory import FACTORY_PATTERN, accepts, call, load_factory, suggestion
+from bitsmith.tasks.folder import read_folder
+
+FOLDS = 5
+
+
+def load(spec: str, seed: int = 0, **arguments: Any) -> Data:
+    """The data that ``spec`` names; ``seed`` decides the splits. Raises DataError, MissingExtra.
+
+    "digits" (fold, validation); "npz:PATH" (classes, validation, augment); "folder:PATH" (size, validation,
+    augment); "package.module:factory", called with ``arguments``, and with ``seed`` where it takes one.
+    """
+    kind, colon, path = spec.partition(":")
+    if kind in LOADERS and bool(colon) == (kind != "digits"):
+        inputs = {"path": path} if colon else {}
+        return _checked(
+            call(LOADERS[kind], {**inputs, "seed": seed, **arguments}, f"data {spec}", DataError), spec
+        )
+    if not FACTORY_PATTERN.fullmatch(spec):
+        raise DataError(
+            f"unknown data {spec!r}",
+            where="data",
+            expected="digits, npz:PATH, folder:PATH or package.module:factory",
+            remedy=suggestion(kind, list(LOADERS)),
+        )
+    factory = load_factory(spec, "data", DataError)
+    seeded = {"seed": seed} if accepts(factory, "seed") else {}
+    return _checked(call(factory, {**seeded, **arguments}, f"data {spec}", DataError), spec)
+
+
+def _checked(data: Any, spec: str) -> Data:
+    if not isinstance(data, Data):
+        raise DataError(
+            "the factory returned something else",
+            where=f"data {spec}",
+            got=f"a {type(data).__name__}",
+            expected="a bitsmith.tasks.Data",
+        )
+    return data
+
+
+def digits(seed: int = 0, fold: int = 0, validation: float = 0.125) -> Data:
+    """scikit-learn's 1,797 handwritten digits, (1, 8, 8) in 0..1; a fifth is the test part, by fold 0..4.
+
+    Stratified folds shuffled by ``seed``; ``validation`` is the share of the rest that is held out.
+    """
+    if fold not in range(FOLDS):
+        raise DataError("there is no such fold", where="data digits", got=fold, expected=f"0 to {FOLDS - 1}")
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import StratifiedKFold
+    except ImportError:
+        raise MissingExtra("vision", "scikit-learn", "the digits data set") from None
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images).float().unsqueeze(1) / 16
+    labels = torch.from_numpy(bunch.target).long()
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(bunch.images, bunch.target)
+    train, test = (torch.from_numpy(rows) for rows in list(folds)[fold])
+    splits = {"train": (images[train], labels[train]), "test": (images[test], labels[test])}
+    return assemble(splits, tuple("0123456789"), "digits", validation, seed, None)
+
+
+def npz(
+    path: str,
+    seed: int = 0,
+    classes: int | Sequence[str] | None = None,
+    validation: float = 0.125,
+    augment: str = "none",
+) -> Data:
+    """Arrays ``train_x, train_y, test_x, test_y`` and, if there, ``val_x, val_y`` and ``classes`` (names).
+
+    Images (N, C, H, W), (N, H, W, C) or (N, H, W); labels integers from 0. Without ``val_x``, the share
+    ``validation`` of the training part is held out.
+    """
+    where = f"data npz:{path}"
+    arrays = _read_npz(path, where)
+    for name in ("train_x", "train_y", "test_x", "test_y"):
+        if name not in arrays:
+            remedy = suggestion(name, list(arrays))
+            raise DataError(f"array {name} is missing", where=where, got=", ".join(arrays), remedy=remedy)
+    if ("val_x" in arrays) != ("val_y" in arrays):
+        raise DataError("val_x and val_y go together, and one is missing", where=where, got=", ".join(arrays))
+    splits = {
+        split: (
+            _images(arrays[f"{split}_x"], f"{where}: {split}_x"),
+            _labels(arrays[f"{split}_y"], f"{where}: {split}_y"),
+        )
+        for split in SPLITS
+        if f"{split}_x" in arrays
+    }
+    if classes is None and "classes" in arrays:
+        classes = [str(name) for name in arrays["classes"].ravel()]
+    if classes is None:
+        labels = splits["train"][1]
+        classes = int(labels.max()) + 1 if len(labels) else 0
+    names = [str(index) for index in range(classes)] if isinstance(classes, int) else classes
+    return assemble(splits, tuple(names), Path(path).stem, validation, seed, augmentation(augment, where))
+
+
+def _read_npz(path: str, where: str) -> dict[str, np.ndarray]:
+    try:
+        # Opened here: np.load leaves a file that it cannot read open.
+        with open(path, "rb") as stream:
+            archive = np.load(stream, allow_pickle=False)
+            if isinstance(archive, np.ndarray):
+                raise DataError("this file holds a single array", where=where, expected="an .npz archive")
+            return {name: archive[name] for name in archive.files}
+    except FileNotFoundError:
+        raise DataError("there is no such file", where=where, remedy="Check the path") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"this file cannot be read as .npz ({error})", where=where) from None
+
+
+def _images(array: np.ndarray, where: str) -> Tensor:
+    """(N, C, H, W): grey images get a channel, channels-last ones are turned."""
+    if array.dtype.kind not in "fiub":
+        raise DataError("these are no images", where=where, got=f"dtype {array.dtype}", expected="numbers")
+    if array.dtype.kind in "iub" and array.dtype != np.uint8:
+        if array.size and (array.min() < 0 or array.max() > 255):
+            got = f"{array.min()} to {array.max()}"
+            raise DataError("integer images are out of range", where=where, got=got, expected="0 to 255")
+        array = array.astype(np.uint8)
+    images = torch.from_numpy(np.ascontiguousarray(array))
+    images = images if images.dtype == torch.uint8 else images.float()
+    if images.ndim == 3:
+        images = images.unsqueeze(1)
+    if images.ndim == 4 and images.shape[3] in (1, 3) and images.shape[1] not in (1, 3):
+        images = images.permute(0, 3, 1, 2).contiguous()
+    return images
+
+
+def _labels(array: np.ndarray, where: str) -> Tensor:
+    if array.dtype.kind not in "iu":
+        got = f"dtype {array.dtype}"
+        raise DataError("labels are not integers", where=where, got=got, expected="integers from 0")
+    column = array.ndim == 2 and array.shape[1] == 1
+    return torch.from_numpy((array.ravel() if column else array).astype(np.int64))
+
+
+def folder(
+    path: str,
+    seed: int = 0,
+    size: int | Sequence[int] | None = None,
+    validation: float = 0.125,
+    augment: str = "none",
+) -> Data:
+    """One sub-folder of images per class; or ``train/`` and ``test/`` (and ``val/``) that hold such folders.
+
+    Without ``test/``, a fifth of every class becomes the test part. Images must be of one size, unless
+    ``size`` (pixels, or height and width) says what to resize them to. Needs Pillow.
+    """
+    where = f"data folder:{path}"
+    splits, classes = read_folder(Path(path), size, where)
+    if "test" not in splits:
+        images, labels = splits["train"]
+        kept, held = hold_out(labels, 1 / FOLDS, seed, where)
+        splits = {"train": (images[kept], labels[kept]), "test": (images[held], labels[held])}
+    return assemble(splits, classes, Path(path).name, validation, seed, augmentation(augment, where))
+
+
+def assemble(
+    splits: dict[str, tuple[Tensor, Tensor]],
+    classes: tuple[str, ...],
+    name: str,
+    validation: float,
+    seed: int,
+    augment: Augmentation | None,
+) -> Data:
+    """`Data` of the given splits; without "val", the share ``validation`` of each class is held out."""
+    train_x, train_y = splits["train"]
+    if "val" in splits or train_y.shape != train_x.shape[:1]:  # the second is reported by Data
+        val_x, val_y = splits.get("val", (train_x[:0], train_y[:0]))
+    else:
+        kept, held = hold_out(train_y, validation, seed, f"data {name}: validation")
+        val_x, val_y, train_x, train_y = train_x[held], train_y[held], train_x[kept], train_y[kept]
+    return Data(train_x, train_y, val_x, val_y, *splits["test"], classes=classes, name=name, augment=augment)
+
+
+def augmentation(name: str, where: str) -> Augmentation | None:
+    """The augmentation of that name. Raises DataError."""
+    if name not in AUGMENTATIONS:
+        remedy = suggestion(name, list(AUGMENTATIONS))
+        raise DataError(f"unknown augmentation {name!r}", where=where, remedy=remedy)
+    return AUGMENTATIONS[name]
+
+
+LOADERS: dict[str, Callable[..., Data]] = {"digits": digits, "npz": npz, "folder": folder}

@@ -1,0 +1,163 @@
+"""The built-in models by name, and `build`, which also takes a user's ``package.module:factory``.
+
+A built model carries `bitsmith_model = {"name", "arguments"}`, from which a saved model is rebuilt without
+running anybody's code; a factory's model does not, and is loaded into a model that the user makes. Weights
+are drawn from torch's global generator, or from `seed`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitsmith.errors import RecipeError
+from bitsmith.tasks.factory import FACTORY_PATTERN, call, load_factory, suggestion
+from bitsmith.tasks.normalize import Normalize
+from bitsmith.tasks.resnet import ResNet, load_weights
+from bitsmith.tasks.vit import VisionTransformer
+
+DIGITS_MEAN, DIGITS_STD = (0.3053,), (0.3761,)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# What files, not construction, decide: a model is rebuilt without them.
+NOT_STRUCTURE = ("weights",)
+
+
+def build(name: str, *, seed: int | None = None, **arguments: Any) -> nn.Module:
+    """The model of that name, in training mode. Raises RecipeError, and FormatError for its weights.
+
+    ``name``: a key of MODELS, or ``package.module:factory``, called with ``arguments``.
+    """
+    with _seeded(seed):
+        if name in MODELS:
+            model = call(MODELS[name], arguments, f"model {name}", RecipeError)
+            structure = {key: value for key, value in arguments.items() if key not in NOT_STRUCTURE}
+            model.bitsmith_model = {"name": name, "arguments": structure}
+            return model
+        if not FACTORY_PATTERN.fullmatch(name):
+            raise RecipeError(
+                f"unknown model {name!r}",
+                where="model",
+                expected=f"{', '.join(MODELS)} or package.module:factory",
+                remedy=suggestion(name, list(MODELS)),
+            )
+        model = call(load_factory(name, "model", RecipeError), arguments, f"model {name}", RecipeError)
+    if not isinstance(model, nn.Module):
+        raise RecipeError(
+            "the factory returned something else",
+            where=f"model {name}",
+            got=f"a {type(model).__name__}",
+            expected="a torch.nn.Module",
+        )
+    return model
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def digits_cnn(
+    classes: int = 10, mean: Sequence[float] = DIGITS_MEAN, std: Sequence[float] = DIGITS_STD
+) -> nn.Module:
+    """Four 3x3 convolutions with BatchNorm and ReLU, then a linear layer: 5,718 parameters; any image size.
+
+    Five layers, so that with the outer two at 8 bits three remain, which hold 94 % of the weights. As many
+    input channels as there are means.
+    """
+    model = nn.Sequential()
+    model.add_module("normalize", Normalize(mean, std))
+    widths = (len(mean), 12, 12, 16, 16)
+    for layer, (inputs, outputs) in enumerate(pairwise(widths), start=1):
+        model.add_module(f"conv{layer}", nn.Conv2d(inputs, outputs, 3, padding=1, bias=False))
+        model.add_module(f"bn{layer}", nn.BatchNorm2d(outputs))
+        model.add_module(f"relu{layer}", nn.ReLU())
+        if layer == 2:
+            model.add_module("pool", nn.MaxPool2d(2))
+    model.add_module("avgpool", nn.AdaptiveAvgPool2d(1))
+    model.add_module("flatten", nn.Flatten())
+    model.add_module("fc", nn.Linear(widths[-1], classes))
+    return model
+
+
+def digits_vit(
+    classes: int = 10,
+    size: int = 8,
+    patch: int = 2,
+    width: int = 32,
+    depth: int = 3,
+    heads: int = 4,
+    hidden: int = 64,
+    mean: Sequence[float] = DIGITS_MEAN,
+    std: Sequence[float] = DIGITS_STD,
+) -> nn.Module:
+    """A pre-norm transformer on 2x2 patches (16 tokens): 26,698 parameters."""
+    for what, whole, part in (("size", size, patch), ("width", width, heads)):
+        if whole % part:
+            divisor = {"size": "patch", "width": "heads"}[what]
+            raise RecipeError(
+                f"{what} {whole} is not a multiple of {divisor} {part}", where="model digits_vit"
+            )
+    return VisionTransformer(Normalize(mean, std), classes, size, patch, width, depth, heads, hidden)
+
+
+def _resnet(
+    blocks: int,
+    classes: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    weights: str | os.PathLike[str] | None,
+) -> nn.Module:
+    model = ResNet(Normalize(mean, std), blocks, classes)
+    if weights is not None:
+        load_weights(model, weights)
+    return model
+
+
+def resnet20(
+    classes: int = 10,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    weights: str | os.PathLike[str] | None = None,
+) -> nn.Module:
+    """269,722 parameters for 32x32 RGB; ``weights`` is a safetensors file of float weights."""
+    return _resnet(3, classes, mean, std, weights)
+
+
+def resnet32(
+    classes: int = 10,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    weights: str | os.PathLike[str] | None = None,
+) -> nn.Module:
+    """464,154 parameters."""
+    return _resnet(5, classes, mean, std, weights)
+
+
+def resnet56(
+    classes: int = 10,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    weights: str | os.PathLike[str] | None = None,
+) -> nn.Module:
+    """853,018 parameters."""
+    return _resnet(9, classes, mean, std, weights)
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "digits_cnn": digits_cnn,
+    "digits_vit": digits_vit,
+    "resnet20": resnet20,
+    "resnet32": resnet32,
+    "resnet56": resnet56,
+}
