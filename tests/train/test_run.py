@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from bitsmith.errors import RecipeError
 from bitsmith.methods.method import Method
+from bitsmith.quantization import Scheme, prepare
 from bitsmith.train import TrainConfig
 from tests.train.problem import Anchor, attached, network, same_state, start
 
@@ -114,8 +115,8 @@ def test_a_step_is_that_of_torchs_plain_optimizer(optimizer: str) -> None:
 
 def test_decay_spares_biases_norms_logits_and_ranges() -> None:
     model = network()
+    prepare(model, weights=Scheme(bits=4, granularity="channel"), activations=Scheme(bits=8))
     model.register_parameter("width_logits", nn.Parameter(torch.zeros(2, 2)))
-    model.register_parameter("range", nn.Parameter(torch.zeros(1, 4)))
     run = start(model, TrainConfig(weight_decay=0.1, learning_rate=0.01, range_learning_rate_factor=0.5))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed = {
@@ -123,7 +124,9 @@ def test_decay_spares_biases_norms_logits_and_ranges() -> None:
     }
     assert decayed == {"0.weight", "5.weight"}
     rates = {names[id(p)]: group["lr"] for group in run.optimizer.param_groups for p in group["params"]}
-    assert rates.pop("range") == 0.005
+    ranges = {name for name in rates if name.endswith("range")}
+    assert len(ranges) == 4
+    assert {rates.pop(name) for name in ranges} == {0.005}
     assert set(rates.values()) == {0.01}
     assert len(run.parameters) == len(list(model.parameters()))
 

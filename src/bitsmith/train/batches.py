@@ -94,7 +94,7 @@ class Batches:
         ]
 
     def _split(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        return tensor.chunk(self.accumulation)
+        return tensor.chunk(self.accumulation) if self.accumulation > 1 else (tensor,)
 
     def _soft(self, x: Tensor, rows: Tensor) -> Tensor | None:
         if self._teacher_logits is not None:
