@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bitsmith.errors import MissingExtra, TargetError
+from bitsmith.errors import FormatError, MissingExtra, TargetError
 from bitsmith.files import write_atomic
 from bitsmith.numerics.affine import dequantize
 from bitsmith.numerics.grid import bounds
@@ -119,6 +119,25 @@ def run(model: Any, inputs: Tensor | tuple[Tensor, ...], batch_size: int = 256) 
     return [torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True)]
 
 
+def layer_outputs(path: str | os.PathLike[str], inputs: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Outputs of the quantized layers by name, from the runtime: the file with more outputs asked of it."""
+    onnx = _onnx()
+    model = onnx.load(path)
+    named = {p.key: p.value for p in model.metadata_props}
+    try:
+        outputs: dict[str, str] = json.loads(named[METADATA])["outputs"]
+    except (KeyError, ValueError):
+        raise FormatError("this ONNX file was not written by Bitsmith", where=os.fspath(path)) from None
+    own = {value.name for value in model.graph.output}
+    wanted = [tensor for tensor in dict.fromkeys(outputs.values()) if tensor not in own]
+    model.graph.output.extend(
+        onnx.helper.make_tensor_value_info(tensor, onnx.TensorProto.FLOAT, None) for tensor in wanted
+    )
+    opened = session(model.SerializeToString())
+    found = dict(zip([o.name for o in opened.get_outputs()], run(opened, inputs), strict=True))
+    return {layer: found[tensor] for layer, tensor in outputs.items()}
+
+
 # ---- the twin: the packed model with placeholders
 
 
@@ -189,7 +208,7 @@ def _lower(model: Any, packed: nn.Module) -> None:
     sites, graph = packed_sites(packed), model.graph
     nodes: list[Any] = []
     renamed: dict[str, str] = {}  # tensors that are now called otherwise
-    written: dict[str, str] = {}  # site -> its dequantized weight
+    calls: dict[str, int] = {}  # site -> how often it was met
     outputs: dict[str, str] = {}  # layer -> its output
     for node in graph.node:
         del node.metadata_props[:]  # stack traces with the paths of this machine
@@ -202,12 +221,15 @@ def _lower(model: Any, packed: nn.Module) -> None:
             renamed[node.output[0]] = node.input[0]
             outputs.setdefault(site, node.input[0])
         elif node.op_type == "Quantizer":
-            nodes += _quantizer_nodes(graph, site, sites[site], node.input[0], node.output[0])
+            calls[site] = calls.get(site, 0) + 1
+            name = site if calls[site] == 1 else f"{site}.{calls[site]}"
+            nodes += _quantizer_nodes(graph, site, sites[site], node.input[0], name)
+            renamed[node.output[0]] = name
         else:
-            if site not in written:
-                nodes += _weight_nodes(graph, site, sites[site], node.output[0])
-                written[site] = node.output[0]
-            renamed[node.output[0]] = written[site]
+            if site not in calls:
+                nodes += _weight_nodes(graph, site, sites[site])
+            calls[site] = 1
+            renamed[node.output[0]] = site
     _restore_outputs(graph, nodes, renamed, outputs)
     del graph.node[:], graph.value_info[:]
     graph.node.extend(nodes)
@@ -252,13 +274,13 @@ def _quantizer_nodes(graph: Any, site: str, q: Any, x: str, y: str) -> list[Any]
         _add_once(graph, f"{site}.{name}", value)
     names = [f"{site}.scale", f"{site}.zero_point"]
     return [
-        make_node("QuantizeLinear", [x, *names], [f"{y}.codes"], name=f"{y}.quantize"),
-        make_node("DequantizeLinear", [f"{y}.codes", *names], [f"{y}.values"], name=f"{y}.dequantize"),
+        make_node("QuantizeLinear", [x, *names], [f"{y}.quantized"], name=f"{y}.quantize"),
+        make_node("DequantizeLinear", [f"{y}.quantized", *names], [f"{y}.values"], name=f"{y}.dequantize"),
         make_node("Clip", [f"{y}.values", f"{site}.low", f"{site}.high"], [y], name=f"{y}.clip"),
     ]
 
 
-def _weight_nodes(graph: Any, site: str, w: Any, y: str) -> list[Any]:
+def _weight_nodes(graph: Any, site: str, w: Any) -> list[Any]:
     """DequantizeLinear of the packed codes, by tensor, channel (axis 0) or blocks of a row (axis 1)."""
     onnx, form = _onnx(), w.form
     low, _, half = bounds(form.grid, form.bits)
@@ -295,8 +317,8 @@ def _weight_nodes(graph: Any, site: str, w: Any, y: str) -> list[Any]:
     if form.granularity == "group" and (half or len(w.shape) > 2):
         nodes.append(_reshape(graph, site, tuple(w.shape)))
     for i, (before, after) in enumerate(zip(nodes, nodes[1:], strict=False)):
-        before.output[0] = after.input[0] = f"{y}.{i}"
-    nodes[-1].output[0] = y
+        before.output[0] = after.input[0] = f"{site}.{i}"
+    nodes[-1].output[0] = site
     return nodes
 
 

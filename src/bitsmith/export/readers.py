@@ -1,0 +1,86 @@
+"""Readers of exported files that share no code with training or with the writers: what verify trusts.
+
+Each gives, per site, the integers and numbers as they lie in the file. The native reader parses safetensors
+by hand and unpacks bits with numpy; the ONNX one reads initializers with the onnx package. Neither computes
+a value of the model: running a file is the business of its runtime.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bitsmith.errors import FormatError, MissingExtra
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class StoredSite:
+    """What a file holds of one site; codes flat (weights only), in the order of the weight's elements."""
+
+    codes: Array | None = None
+    scale: Array | None = None
+    zero_point: Array | None = None
+
+
+def read_native(directory: Path) -> dict[str, StoredSite]:
+    """The sites of a native model."""
+    try:
+        config = json.loads((directory / "config.json").read_text())
+        data = (directory / "model.safetensors").read_bytes()
+        (length,) = struct.unpack("<Q", data[:8])
+        header = json.loads(data[8 : 8 + length])
+        body = data[8 + length :]
+        found: dict[str, StoredSite] = {}
+        for layer, entry in config["layers"].items():
+            for operand in ("weight", "input", "left", "right"):
+                form = entry.get(operand)
+                if form and "bits" in form:
+                    site = f"{layer}.{operand}" if layer else operand
+                    found[site] = _native_site(site, form, header, body)
+        return found
+    except (OSError, ValueError, KeyError, struct.error) as error:
+        raise FormatError(f"this model cannot be read ({error})", where=str(directory)) from None
+
+
+def _native_site(site: str, form: dict[str, Any], header: dict[str, Any], body: bytes) -> StoredSite:
+    def tensor(part: str, kind: str) -> Array | None:
+        entry = header.get(f"{site}.{part}")
+        if entry is None:
+            return None
+        start, end = entry["data_offsets"]
+        return np.frombuffer(body[start:end], kind)
+
+    stored, bits = tensor("codes", "u1"), form["bits"]
+    codes = None
+    if stored is not None:
+        count = int(np.prod(form["shape"]))
+        stream = np.unpackbits(stored, bitorder="little")[: count * bits].reshape(count, bits)
+        lowest = {"unsigned": 0, "asymmetric": 0, "balanced": 1 - 2 ** (bits - 1)}.get(form["grid"], -(2 ** (bits - 1)))
+        codes = stream.astype(np.int64) @ (1 << np.arange(bits)) + lowest
+    return StoredSite(codes, tensor("scale", "<f4"), tensor("zero_point", "<f4"))
+
+
+def read_onnx(path: Path) -> dict[str, StoredSite]:
+    """The sites of an ONNX file."""
+    try:
+        import onnx
+    except ImportError:
+        raise MissingExtra("onnx", "onnx", "reading ONNX files") from None
+    try:
+        graph = onnx.load(path).graph
+    except Exception as error:  # protobuf's own exception type differs between its implementations
+        raise FormatError(f"this is not an ONNX file ({error})", where=str(path)) from None
+    found: dict[str, dict[str, Array]] = {}
+    for initializer in graph.initializer:
+        site, _, part = initializer.name.rpartition(".")
+        if part in ("codes", "scale", "zero_point"):
+            array = onnx.numpy_helper.to_array(initializer)
+            found.setdefault(site, {})[part] = array.astype(np.float32 if part == "scale" else np.int64).reshape(-1)
+    return {site: StoredSite(**parts) for site, parts in found.items()}
