@@ -106,9 +106,7 @@ class _FakeQuantize(torch.autograd.Function):
         reach = 0.5 if seed is None else 1.0
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             inside = ((q - u).abs() <= reach).to(g.dtype)
-            gm = g if estimator == "pure" else g * inside
-        elif estimator == "pure":
-            gm = g
+            gm = g * inside
         else:
             gm = torch.sub(q, u).abs_().le_(reach).mul_(g)
 
@@ -119,7 +117,8 @@ class _FakeQuantize(torch.autograd.Function):
         if zero_point is not None and ctx.needs_input_grad[5]:
             d_zero_point = -scale * _sum_to(g - gm, None, scale)
         factor = surrogate(estimator, g, u if half is None else u - half, q - u, high - low)
-        d_x = gm if factor is None else gm * factor
+        through = g if estimator == "pure" else gm
+        d_x = through if factor is None else through * factor
         return d_x, d_scale, None, None, None, d_zero_point, None, None, None, None
 
 

@@ -13,7 +13,9 @@ give finite positive scales; NaN is for the caller to refuse.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -21,8 +23,9 @@ from torch import Tensor
 EMPTY = 2.0**-24  # the scale of a channel of zeros: small, and the smallest that float16 can still store
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 AT_ONCE = 2**20  # values searched at a time: bounds the memory, and a chunk stays in the cache
-COARSE = [i / 32 for i in range(1, 33)]  # exponents of (mean / largest): geometric steps between the two
-FINE = [i / 256 for i in range(-8, 9) if i]
+COARSE = [i / 24 for i in range(-6, 25)]  # exponents of (mean / largest): from above the largest to the mean
+FINE = [i / 192 for i in range(-8, 9)]
+ENDS = ("start", "stop")
 HISTOGRAM_BINS, KL_CANDIDATES = 2048, 128
 
 Range = tuple[Tensor, Tensor]  # scale (channels,), zero point (channels,)
@@ -45,7 +48,7 @@ def calibrate(
     scale, zero_point = METHODS[method](
         x * torch.exp2(-exponent.float())[:, None], low, high, half, asymmetric
     )
-    scale = torch.where(scale > 0, scale * torch.exp2(exponent.float()), EMPTY)
+    scale = torch.where(scale > SMALLEST, scale * torch.exp2(exponent.float()), EMPTY)
     return scale.clamp(SMALLEST, LARGEST), zero_point
 
 
@@ -64,16 +67,16 @@ def percentile(
 
     The bound is one of the values (no interpolation); where it is 0, as among mostly zeros, min-max instead.
     """
-    n, rest = x.shape[1], 1 - percent / 100
+    n = x.shape[1]
     if asymmetric:
-        k = max(1, n - int(n * rest / 2))
+        k = math.ceil(n * (50 + percent / 2) / 100 - 1e-6)  # 20000 * 99.9 % is not quite 19980
         scale, zero_point = _fit(-(-x).kthvalue(k, dim=1).values, x.kthvalue(k, dim=1).values, low, high)
         whole_scale, whole_zero_point = minmax(x, low, high, half, asymmetric)
         return torch.where(scale > 0, scale, whole_scale), torch.where(
             scale > 0, zero_point, whole_zero_point
         )
     demand = _demand(x, low, high, half)
-    scale = demand.kthvalue(max(1, n - int(n * rest)), dim=1).values
+    scale = demand.kthvalue(math.ceil(n * percent / 100 - 1e-6), dim=1).values
     scale = torch.where(scale > 0, scale, demand.amax(1))
     return scale, torch.zeros_like(scale)
 
@@ -113,14 +116,19 @@ def _fit(lowest: Tensor, highest: Tensor, low: float, high: float) -> Range:
     return scale, zero_point
 
 
-def _squared_error(
+def _refit(
     x: Tensor, scale: Tensor, low: float, high: float, half: float, zero_point: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(channels, n), (channels,) -> squared error (channels,), and the best scale of these very codes."""
+    """The codes of x (channels, n) at ``scale``: their squared error at their own best scale, and that scale.
+
+    With levels v and residue r = scale v - x these are r.r - (r.v)^2 / v.v and scale - r.v / v.v.
+    """
     scale, zero_point = scale.clamp(min=SMALLEST)[:, None], zero_point[:, None]
     level = (x / scale).sub_(half).round_().clamp_(low - zero_point, high - zero_point).add_(half)
-    refit = torch.linalg.vecdot(x, level) / torch.linalg.vecdot(level, level).clamp(min=0.25)
-    return level.mul_(scale).sub_(x).square_().sum(1), refit
+    residue = (level * scale).sub_(x)
+    slope, curvature = torch.linalg.vecdot(residue, level), torch.linalg.vecdot(level, level).clamp(min=0.25)
+    error = torch.linalg.vecdot(residue, residue) - slope.square() / curvature
+    return error, scale.squeeze(1) - slope / curvature
 
 
 def _every_coding(x: Tensor, low: float, high: float, half: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,53 +164,42 @@ def _every_zero_point(x: Tensor, low: float, high: float, half: float) -> Range:
 
 
 def _search_scale(x: Tensor, low: float, high: float, half: float) -> Range:
-    """Geometric steps from the largest demand to the mean one, finer ones about the best, then Lloyd's."""
+    """Geometric steps from above the largest demand to the mean one, finer ones, then Lloyd's."""
     demand = _demand(x, low, high, half)
-    scale, zero_point = demand.amax(1), torch.zeros_like(x[:, 0])
-    ratio = demand.mean(1) / scale.clamp(min=SMALLEST)
-    best: tuple[Tensor, ...] = (scale, *_squared_error(x, scale, low, high, half, zero_point))
-    for exponents in (COARSE, FINE):
-        centre = best[0]
+    largest, zero_point = demand.amax(1), torch.zeros_like(x[:, 0])
+    ratio = demand.mean(1) / largest.clamp(min=SMALLEST)
+    best: tuple[Tensor, ...] = _refit(x, largest, low, high, half, zero_point)
+    for exponents, centre in ((COARSE, largest), (FINE, best[1])):
         for exponent in exponents:
-            scale = centre * ratio**exponent
-            best = _better(best, (scale, *_squared_error(x, scale, low, high, half, zero_point)))
+            best = _better(_refit(x, centre * ratio**exponent, low, high, half, zero_point), best)
     for _ in range(2):
-        scale = best[2]
-        best = _better(best, (scale, *_squared_error(x, scale, low, high, half, zero_point)))
-    return best[0], zero_point
+        best = _better(_refit(x, best[1], low, high, half, zero_point), best)
+    return best[1], zero_point
 
 
 def _search_range(x: Tensor, low: float, high: float, half: float) -> Range:
-    """The same over both ends of the range: first together, then each alone, then each in finer steps."""
+    """The same over the ends of the range: together or one of them; then one of them again; then finer."""
     lowest, highest = x.amin(1).clamp(max=0), x.amax(1).clamp(min=0)
     ratio = x.abs().mean(1) / torch.maximum(highest, -lowest).clamp(min=SMALLEST)
 
     def trial(start: Tensor, stop: Tensor) -> tuple[Tensor, ...]:
         scale, zero_point = _fit(start, stop, low, high)
-        error, _ = _squared_error(x, scale, low, high, half, zero_point)
-        return scale, error, zero_point, start, stop
+        return (*_refit(x, scale, low, high, half, zero_point), zero_point, start, stop)
 
     best = trial(lowest, highest)
-    both_ways = [*COARSE, *(-exponent for exponent in COARSE)]
-    for exponents, moves in (
-        (COARSE, "both"),
-        (both_ways, "stop"),
-        (both_ways, "start"),
-        (FINE, "stop"),
-        (FINE, "start"),
-    ):
+    for exponents, moves in ((COARSE, ("both", *ENDS)), (COARSE, ENDS), (FINE, ENDS)):
         *_, start, stop = best
-        for exponent in exponents:
+        for exponent, moved in product(exponents, moves):
             factor = ratio**exponent
-            new_start = start if moves == "stop" else torch.maximum(start * factor, lowest)
-            new_stop = stop if moves == "start" else torch.minimum(stop * factor, highest)
-            best = _better(best, trial(new_start, new_stop))
-    return best[0], best[2]
+            new_start = start if moved == "stop" else torch.maximum(start * factor, lowest)
+            new_stop = stop if moved == "start" else torch.minimum(stop * factor, highest)
+            best = _better(trial(new_start, new_stop), best)
+    return best[1], best[2]
 
 
-def _better(best: tuple[Tensor, ...], trial: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Per channel the one of smaller error, which stands second."""
-    return tuple(torch.where(trial[1] < best[1], new, old) for new, old in zip(trial, best, strict=True))
+def _better(trial: tuple[Tensor, ...], best: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Per channel the one of smaller error, which stands first."""
+    return tuple(torch.where(trial[0] < best[0], new, old) for new, old in zip(trial, best, strict=True))
 
 
 def _least_divergence(x: Tensor, low: float, high: float, half: float, asymmetric: bool) -> Range:
@@ -220,7 +217,7 @@ def _least_divergence(x: Tensor, low: float, high: float, half: float, asymmetri
     histogram = x.histc(HISTOGRAM_BINS, start, stop)
     centre = start + (torch.arange(HISTOGRAM_BINS, device=x.device) + 0.5) * ((stop - start) / HISTOGRAM_BINS)
     levels = int(high - low) + 1
-    scales = whole * torch.linspace(levels / HISTOGRAM_BINS, 1, KL_CANDIDATES, device=x.device)[:, None]
+    scales = whole * torch.linspace(1, levels / HISTOGRAM_BINS, KL_CANDIDATES, device=x.device)[:, None]
 
     code = torch.round(centre / scales - half) + zero_point  # (candidates, bins)
     below, above = code < low, code > high
