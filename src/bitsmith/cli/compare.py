@@ -18,15 +18,16 @@ bitsmith compare runs/* --out compare.html
 
 
 def command(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.", show_default=False)],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="Also write a page with plots.", show_default=False)
+        Path | None, typer.Option(metavar="FILE.html", help="Also write a page with plots.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the metrics of all runs as JSON.")] = False,
 ) -> None:
     """Show runs side by side: accuracy, size and BOPs, and which of them no other beats."""
     from bitsmith.cli.summary import side_by_side
-    from bitsmith.report import read_run, write_comparison
+    from bitsmith.report import write_comparison
+    from bitsmith.report.metrics import read_run
 
     read = [read_run(run) for run in runs]
     if out is not None:

@@ -22,15 +22,27 @@ def command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
     data: Annotated[
         str | None,
-        typer.Option(metavar="DATA", help="Other data, written as in a recipe: digits, npz:FILE, folder:DIR, module:factory.", show_default=False),
+        typer.Option(
+            metavar="DATA",
+            help="Other data, as in a recipe: digits, npz:FILE, folder:DIR, module:factory.",
+            show_default=False,
+        ),
     ] = None,
     shift: Annotated[
         str | None,
-        typer.Option(metavar="SUITE", help="all, or one of noise, blur, contrast, rotation, translation.", show_default=False),
+        typer.Option(
+            metavar="SUITE",
+            help="all, or one of noise, blur, contrast, rotation, translation.",
+            show_default=False,
+        ),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="module:factory", help="What builds the model, where it is not a built-in one.", show_default=False),
+        typer.Option(
+            metavar="module:factory",
+            help="What builds the model, where it is not a built-in one.",
+            show_default=False,
+        ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:

@@ -19,14 +19,24 @@ bitsmith export runs/digits --to native,onnx --json
 
 def command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
-    to: Annotated[str, typer.Option("--to", metavar="FORMATS", help="native, onnx, or both with a comma.")] = "native,onnx",
+    to: Annotated[
+        str, typer.Option("--to", metavar="FORMATS", help="native, onnx, or both with a comma.")
+    ] = "native,onnx",
     model: Annotated[
         str | None,
-        typer.Option(metavar="module:factory", help="What builds the model, where it is not a built-in one.", show_default=False),
+        typer.Option(
+            metavar="module:factory",
+            help="What builds the model, where it is not a built-in one.",
+            show_default=False,
+        ),
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(metavar="DATA", help="What to verify on, where the run's data is not built in.", show_default=False),
+        typer.Option(
+            metavar="DATA",
+            help="What to verify on, where the run's data is not built in.",
+            show_default=False,
+        ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the certificate and nothing else.")] = False,
 ) -> None:

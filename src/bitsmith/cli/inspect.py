@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from bitsmith.cli.show import output, print_json, table
 
@@ -21,9 +22,13 @@ bitsmith inspect --system                     versions, threads and instruction 
 def command(
     model: Annotated[
         Path | None,
-        typer.Argument(metavar="[MODEL_OR_RUN]", help="A run directory or an exported native model.", show_default=False),
+        typer.Argument(
+            metavar="[MODEL_OR_RUN]", help="A run directory or an exported native model.", show_default=False
+        ),
     ] = None,
-    system: Annotated[bool, typer.Option("--system", help="Show the machine and the versions in use.")] = False,
+    system: Annotated[
+        bool, typer.Option("--system", help="Show the machine and the versions in use.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Show sites, bits, bytes, BOPs and coverage: nothing is quantized, or left out, in silence."""
@@ -48,42 +53,49 @@ def command(
     if model is not None:
         _show(console, found)
     if system:
-        console.print(table("System", ("", "value"), [(name, _text(value)) for name, value in found["system"].items()]))
+        console.print(table("System", ("", "value"), found["system"].items()))
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {item}" for key, item in value.items())
-    return "none" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _show(console: Any, found: dict[str, Any]) -> None:
+def _show(console: Console, found: dict[str, Any]) -> None:
     from bitsmith.report.words import count, size
 
-    sites = [
-        (site["name"], site["kind"], site["bits"], site["grid"], _granularity(site), size(site["bytes"]))
-        for site in found["sites"]
-    ]
-    console.print(table("Sites", ("site", "kind", "bits", "grid", "scales per", "size"), sites))
+    show_sites(console, found["sites"])
     if layers := found.get("layers"):
         rows = [
-            (layer["name"], layer["kind"], _pair(layer), count(layer["macs"]), size(layer["weight_bytes"]), count(layer["bops"]))
+            (
+                layer["name"],
+                layer["kind"],
+                " × ".join(map(str, layer["operand_bits"])),
+                count(layer["macs"]),
+                size(layer["weight_bytes"]),
+                count(layer["bops"]),
+            )
             for layer in layers
         ]
-        console.print(table("Layers", ("layer", "kind", "bits w × a", "MACs", "weights", "BOPs"), rows))
-    if leftovers := found.get("leftovers"):
-        rows = [(left["name"], left["elements"], left["reason"]) for left in leftovers]
-        made = table("In float", ("name", "elements", "why"), rows)
-        made.columns[2].justify, made.columns[2].no_wrap = "left", False
-        console.print(made)
+        console.print(table("Layers", ("layer", "kind", "bits", "MACs", "weights", "BOPs"), rows))
+    show_leftovers(console, found.get("leftovers") or [])
     if totals := found.get("totals"):
         console.print(table("Totals", ("", "value"), totals.items()))
 
 
-def _granularity(site: dict[str, Any]) -> str:
+def show_sites(console: Console, sites: list[dict[str, Any]]) -> None:
+    """One row a site: bits, grid and what shares a scale."""
+    rows = [(site["name"], site["kind"], site["bits"], site["grid"], _shared(site)) for site in sites]
+    console.print(table("Sites", ("site", "kind", "bits", "grid", "a scale per"), rows))
+
+
+def show_leftovers(console: Console, leftovers: list[dict[str, Any]]) -> None:
+    """One row a tensor that stays in float, and why."""
+    if not leftovers:
+        return
+    made = table(
+        "In float",
+        ("tensor", "elements", "why"),
+        [(x["name"], x["elements"], x["reason"]) for x in leftovers],
+    )
+    made.columns[2].justify, made.columns[2].no_wrap = "left", False
+    console.print(made)
+
+
+def _shared(site: dict[str, Any]) -> str:
     return f"group of {site['group_size']}" if site.get("group_size") else str(site["granularity"])
-
-
-def _pair(layer: dict[str, Any]) -> str:
-    first, second = layer["operand_bits"]
-    return f"{first} × {second}"

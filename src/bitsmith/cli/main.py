@@ -48,8 +48,8 @@ def about(
 ) -> None:
     """From a float PyTorch model to a verified low-bit one.
 
-    [bold]bitsmith run[/bold] does the whole job on handwritten digits, with nothing to prepare: it trains a float
-    model and a low-bit one, exports it, runs the exported file in ONNX Runtime, and writes a report.
+    [bold]bitsmith run[/bold] does the whole job on handwritten digits, with nothing to prepare: it trains a
+    float model and a low-bit one, exports it, runs the exported file in ONNX Runtime, and writes a report.
     """
 
 

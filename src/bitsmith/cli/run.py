@@ -23,19 +23,38 @@ bitsmith run --resume --out runs/w2                        go on where an interr
 def command(
     recipe: Annotated[
         Path | None,
-        typer.Argument(metavar="[RECIPE.yaml]", help="What to do; without it, the handwritten digits.", show_default=False),
+        typer.Argument(
+            metavar="[RECIPE.yaml]",
+            help="What to do; without it, the handwritten digits.",
+            show_default=False,
+        ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="The run directory. Default: runs/NAME, or NAME-2, NAME-3, ...", show_default=False),
+        typer.Option(
+            metavar="DIR",
+            help="The run directory. Default: runs/NAME, or NAME-2, NAME-3, ...",
+            show_default=False,
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the recipe, as train.epochs=5; repeatable.", show_default=False),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change one value of the recipe, as train.epochs=5; repeatable.",
+            show_default=False,
+        ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run; ends as if it had not been.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and what it would cost.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print metrics.json (or the prediction) and nothing else.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run; ends as if it had not been.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done, and what it would cost.")
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print metrics.json (or the prediction) and nothing else.")
+    ] = False,
 ) -> None:
     """Train a float model and a low-bit one, export, verify, report.
 
@@ -60,7 +79,7 @@ def command(
         prediction = predict(resolved)
         print_json(prediction) if json else show_prediction(prediction)
         return
-    from bitsmith.recipe.run import run
+    from bitsmith.recipe.job import run
 
     out = out or new_directory(name)
     with Display(quiet=json) as display:

@@ -32,8 +32,9 @@ def print_json(value: Any) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, caption: str = "") -> Table:
     """A table whose first column is text and whose others are figures, to the right."""
-    made = Table(title=title, caption=caption or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold",
-                 caption_justify="left", pad_edge=False)  # fmt: skip
+    made = Table(title=title or None, caption=caption or None, box=box.SIMPLE_HEAD, pad_edge=False)
+    made.title_justify = made.caption_justify = "left"
+    made.title_style = "bold"
     for index, column in enumerate(columns):
         made.add_column(column, justify="left" if index == 0 else "right", no_wrap=index > 0, overflow="fold")
     for row in rows:

@@ -12,7 +12,18 @@ from rich.text import Text
 
 from bitsmith.cli.show import table
 from bitsmith.report.metrics import Run
-from bitsmith.report.words import against_float, asked, count, decimals, factor, headline, percent, points, size, verdict
+from bitsmith.report.words import (
+    against_float,
+    asked,
+    count,
+    decimals,
+    factor,
+    headline,
+    percent,
+    points,
+    size,
+    verdict,
+)
 
 STAGES = (
     ("float", "float"),
@@ -34,11 +45,18 @@ def summary(run: Run) -> Panel:
         _costs(run),
         Text(),
         Text.assemble(
-            (f"{against_float(run)}".capitalize(), "bold"), "; ", _gain(run), "; ", (verdict(run), verdict_style), "."
+            (f"{against_float(run)}".capitalize(), "bold"),
+            "; ",
+            _gain(run),
+            "; ",
+            (verdict(run), verdict_style),
+            ".",
         ),
         Text(f"Report {run.directory / 'report.html'}"),
     )
-    return Panel(body, title=f"[bold]{title}[/]", title_align="left", expand=False, padding=(1, 2), box=box.ROUNDED)
+    return Panel(
+        body, title=f"[bold]{title}[/]", title_align="left", expand=False, padding=(1, 2), box=box.ROUNDED
+    )
 
 
 def _accuracies(run: Run) -> Table:
@@ -95,7 +113,7 @@ def _gain(run: Run) -> str:
 
 
 def side_by_side(runs: Sequence[Run]) -> Table:
-    """One row a run, the smallest first; a dot marks the runs that no other beats in both size and accuracy."""
+    """One row a run, the smallest first; a dot marks what no other run beats in both size and accuracy."""
     ordered = sorted(runs, key=lambda run: run.cost("weight_bytes") or 0.0)
     rows = [
         (
@@ -121,6 +139,4 @@ def on_front(run: Run, runs: Sequence[Run]) -> bool:
         return -(of.cost("weight_bytes") or 0.0), of.accuracy("quantized") or 0.0
 
     own = figures(run)
-    return not any(
-        other[0] >= own[0] and other[1] >= own[1] and other != own for other in map(figures, runs)
-    )
+    return not any(other[0] >= own[0] and other[1] >= own[1] and other != own for other in map(figures, runs))

@@ -26,7 +26,7 @@ RUNS = Path("runs")
 
 @contextlib.contextmanager
 def open_run(out: Path, recipe: Recipe, resume: bool) -> Iterator[Path]:
-    """Hold the run directory and put the resolved recipe in it. Raises RecipeError or RunError where it is taken."""
+    """Hold the run directory and put the resolved recipe in it. Raises RecipeError, RunError where taken."""
     if out.exists() and not out.is_dir():
         raise _taken(out, "this is a file, not a directory", "Choose another --out")
     with directory_lock(out):
@@ -34,7 +34,9 @@ def open_run(out: Path, recipe: Recipe, resume: bool) -> Iterator[Path]:
             if not resume:
                 done = "a finished" if (out / "metrics.json").exists() else "an unfinished"
                 raise _taken(
-                    out, f"this directory already holds {done} run", "Go on with --resume, or choose another --out"
+                    out,
+                    f"this directory already holds {done} run",
+                    "Go on with --resume, or choose another --out",
                 )
             _same_recipe(out / "recipe.yaml", recipe)
         write_atomic(out / "recipe.yaml", dump(recipe).encode())
@@ -71,7 +73,9 @@ def _text(value: Any) -> str:
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, Mapping):
-        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}".lstrip(".")).items()}
+        return {
+            k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}".lstrip(".")).items()
+        }
     return {prefix: value}
 
 

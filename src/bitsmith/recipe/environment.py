@@ -5,28 +5,38 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from pathlib import Path
-from typing import Any
 
 import torch
 
 PACKAGES = ("bitsmith", "torch", "numpy", "onnx", "onnxruntime", "scikit-learn")
 # What low-bit arithmetic on a CPU lives on; the names are the kernel's (/proc/cpuinfo).
-INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "avx_vnni", "avx512_vnni", "amx_int8", "asimd", "asimddp", "i8mm")
+INSTRUCTION_SETS = (
+    "avx2",
+    "avx512f",
+    "avx512_bf16",
+    "avx_vnni",
+    "avx512_vnni",
+    "amx_int8",
+    "asimd",
+    "asimddp",
+    "i8mm",
+)
 
 
-def environment() -> dict[str, Any]:
-    """Plain facts for metrics.json and for ``bitsmith inspect --system``."""
-    return {
+def environment() -> dict[str, str | int]:
+    """Plain facts for metrics.json and for ``bitsmith inspect --system``; what is absent is left out."""
+    facts: dict[str, str | int | None] = {
         "python": platform.python_version(),
         **{name.replace("-", "_"): version(name) for name in PACKAGES},
         "platform": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
-        "instruction_sets": _instruction_sets(),
+        "instruction_sets": " ".join(_instruction_sets()),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "onnxruntime_providers": _providers(),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "onnxruntime_providers": " ".join(_providers()),
     }
+    return {name: value for name, value in facts.items() if value}
 
 
 def version(package: str) -> str | None:

@@ -8,6 +8,7 @@ here prints: whoever watches hands in a callback (`progress`).
 from __future__ import annotations
 
 import copy
+import glob
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,8 @@ from bitsmith.tasks.resnet import load_weights
 from bitsmith.train import Progress as TrainProgress
 from bitsmith.train import TrainConfig, train
 
-BATCH = 256  # rows of an evaluation or calibration batch
+BATCH = 256  # rows of a calibration batch
+REESTIMATION_SAMPLES = 4096  # a few hundred are enough for BatchNorm; more than this only costs time
 
 
 def run(
@@ -48,24 +50,23 @@ def run(
 
 
 def _run(recipe: Recipe, out: Path, tell: Progress) -> dict[str, Any]:
-    started = time.perf_counter()
     data, model = read_inputs(recipe)
     tell(Event("data", note=f"{data.name}: {len(data.train_x)} training and {len(data.test_x)} test images"))
 
-    history, seconds = {}, {}
+    history: dict[str, list[dict[str, Any]]] = {}
+    seconds: dict[str, float] = {}
     history["float"], seconds["float"] = train_float(recipe, model, data, out, tell)
     float_model = copy.deepcopy(model).eval()
 
+    started = time.perf_counter()
     coverage, methods = quantize(recipe, model, data)
     write_json(out / "coverage.json", coverage.to_dict())
     post_training = evaluate(model, data.test_x, data.test_y)
+    seconds["post_training"] = time.perf_counter() - started
     tell(Event("post_training", values={"accuracy": post_training["accuracy"]}))
 
-    history["qat"], seconds["qat"] = train_quantized(
-        recipe, model, methods, float_model, data, out, tell
-    )
+    history["qat"], seconds["qat"] = train_quantized(recipe, model, methods, float_model, data, out, tell)
     write_json(out / "history.json", {"version": 1, **history})
-    seconds["before_export"] = time.perf_counter() - started
     return deliver(recipe, out, data, float_model, model, post_training, seconds, tell)
 
 
@@ -98,22 +99,38 @@ def quantize(recipe: Recipe, model: nn.Module, data: Data) -> tuple[Coverage, li
 
     Returns what became of each parameter, and the recipe's methods, attached.
     """
+    plan = Plan.load(recipe.plan) if recipe.plan is not None else None
+    coverage, methods = prepare_sites(recipe, model, plan)
+    calibrate(model, _sample(data, recipe.quantize.calibration_samples, recipe.train.seed))
+    if plan is not None:
+        commit(model, plan)  # the widths are set already: this checks that plan and model have the same sites
+    return coverage, methods
+
+
+def prepare_sites(recipe: Recipe, model: nn.Module, plan: Plan | None) -> tuple[Coverage, list[Method]]:
+    """Make the sites of ``recipe``, with a plan's widths where there is one; no data is needed for that."""
     spec = recipe.quantize
     coverage = prepare(
         model,
         spec.weights,
         spec.activations,
-        overrides=spec.overrides,
+        overrides=spec.overrides | (_planned(plan) if plan is not None else {}),
         target=recipe.target,
         first_last_bits=spec.first_last_bits,
     )
     methods = build_methods(recipe.methods)
     for method in methods:
         method.attach(model)
-    calibrate(model, _inputs(data.train_x[: spec.calibration_samples]))
-    if recipe.plan is not None:
-        commit(model, Plan.load(recipe.plan))
     return coverage, methods
+
+
+def _planned(plan: Plan) -> dict[str, dict[str, Any]]:
+    """A plan's decisions as overrides, one exact name each."""
+    fields = ("bits", "grid", "granularity", "group_size")
+    return {
+        glob.escape(name): {field: getattr(site, field) for field in fields}
+        for name, site in plan.sites.items()
+    }
 
 
 def train_quantized(
@@ -132,7 +149,7 @@ def train_quantized(
         for method in methods:
             if (plan := method.plan()) is not None:
                 commit(model, plan)
-        reestimate_batchnorm(model, _inputs(data.train_x))
+        reestimate_batchnorm(model, _sample(data, REESTIMATION_SAMPLES, recipe.train.seed))
         facts["validation_accuracy"] = _validation(model, data)
         save_stage(out, "qat", model.state_dict(), facts)
         stage_path(out, "qat_training").unlink(missing_ok=True)
@@ -186,6 +203,7 @@ def _train(
     )
     for note in result.notes:
         tell(Event(stage, 0, 1, note=note))
+    model.cpu()  # all that follows is quick; only training is worth a GPU
     return {
         "history": result.history,
         "seconds": result.seconds,
@@ -201,5 +219,7 @@ def _validation(model: nn.Module, data: Data) -> float:
     return evaluate(model, x, y)["accuracy"]
 
 
-def _inputs(images: Tensor) -> list[Tensor]:
-    return [to_float(batch) for batch in torch.split(images, BATCH)]
+def _sample(data: Data, count: int, seed: int) -> list[Tensor]:
+    """Batches of up to ``count`` training images, drawn at random: stored order may be by class."""
+    rows = torch.randperm(len(data.train_x), generator=torch.Generator().manual_seed(seed))[:count]
+    return [to_float(data.train_x[part]) for part in torch.split(rows, BATCH)]

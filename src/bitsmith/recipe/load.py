@@ -34,7 +34,7 @@ def load_recipe(path: str | Path | None = None, overrides: Iterable[str] = ()) -
 
 
 def parse_recipe(document: Mapping[str, Any], source: str = "recipe") -> Recipe:
-    """Check a recipe given as plain data; ``source`` names it in messages. Raises RecipeError (and others)."""
+    """Check a recipe given as plain data; ``source`` names it in messages. Raises RecipeError, SchemeError."""
     try:
         recipe = Recipe.model_validate(resolve(normalise(document)))
     except ValidationError as error:
@@ -50,7 +50,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        beside = nearest(path.name, (p.name for p in path.parent.glob("*.yaml"))) if path.parent.is_dir() else []
+        beside = (
+            nearest(path.name, (p.name for p in path.parent.glob("*.yaml"))) if path.parent.is_dir() else []
+        )
         raise RecipeError(
             "there is no such recipe file",
             where=str(path),
@@ -142,7 +144,9 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str | int | float) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key} is given twice", key_node.start_mark
+                )
             if isinstance(key, str | int | float):
                 seen.add(key)
         return super().construct_mapping(node, deep=deep)
@@ -174,14 +178,16 @@ def _line(text: str, number: int) -> str:
 
 
 def _translate(error: ValidationError, source: str) -> RecipeError:
-    """The first finding of pydantic as one line of ours; an unknown key goes first, as it explains the others."""
+    """The first finding of pydantic as one line of ours; unknown keys go first, as they explain others."""
     findings = sorted(error.errors(), key=lambda finding: finding["type"] not in _UNKNOWN)
     finding = findings[0]
     location = [str(part) for part in finding["loc"]]
     where = f"{source}, {'.'.join(location)}" if location else source
     if finding["type"] in _UNKNOWN:
         unknown_key(location[-1], known_keys(location[:-1]), where)
-    near = nearest(str(finding["input"]), re.findall(r"'([^']+)'", str(finding.get("ctx", {}).get("expected", ""))), 1)
+    near = nearest(
+        str(finding["input"]), re.findall(r"'([^']+)'", str(finding.get("ctx", {}).get("expected", ""))), 1
+    )
     return RecipeError(
         "this value does not fit" if finding["type"] != "missing" else "this key is missing",
         where=where,

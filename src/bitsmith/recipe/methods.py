@@ -21,7 +21,7 @@ METHODS: dict[str, str] = {}  # recipe key -> "file.Class" in bitsmith.methods
 def method_class(name: str) -> Callable[..., Method]:
     """The class behind a recipe key."""
     module, _, attribute = METHODS[name].rpartition(".")
-    return getattr(importlib.import_module(f"bitsmith.methods.{module}"), attribute)  # type: ignore[no-any-return]
+    return getattr(importlib.import_module(f"bitsmith.methods.{module}"), attribute)
 
 
 def check_methods(entries: Sequence[dict[str, dict[str, Any]]], source: str) -> None:
@@ -44,7 +44,9 @@ def check_methods(entries: Sequence[dict[str, dict[str, Any]]], source: str) -> 
                 where=where,
                 got=name,
                 expected=listing(METHODS) if METHODS else "an empty list, as this version has no methods yet",
-                remedy=f"Did you mean {near[0]}?" if near else "Remove it for plain quantization-aware training",
+                remedy=f"Did you mean {near[0]}?"
+                if near
+                else "Remove it for plain quantization-aware training",
             )
         known = list(inspect.signature(method_class(name)).parameters)
         for key in options:

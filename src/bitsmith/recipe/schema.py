@@ -14,7 +14,15 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 from pydantic_core.core_schema import ValidationInfo
 
 from bitsmith.errors import BitsmithError
@@ -43,9 +51,7 @@ def alias(field: str | None) -> str:
 
 def relocated(error: BitsmithError, where: str) -> BitsmithError:
     """``error`` again, at another place: whoever calls knows more about where than whoever found it."""
-    return type(error)(
-        error.what, where=where, got=error.got, expected=error.expected, remedy=error.remedy
-    )
+    return type(error)(error.what, where=where, got=error.got, expected=error.expected, remedy=error.remedy)
 
 
 Placed = WrapValidator(_placed)
@@ -65,7 +71,7 @@ class Named(Section):
 
 
 class Quantize(Section):
-    """What is quantized and how; `overrides` maps globs on site names to changed fields, the last match wins."""
+    """What is quantized and how; `overrides`: glob on site names -> changed fields, the last match wins."""
 
     weights: Annotated[Scheme, Placed] = Scheme(bits=4, granularity="channel")
     activations: Annotated[Scheme | None, Placed] = Scheme(bits=8)

@@ -1,0 +1,137 @@
+"""The second half of a run: from the trained quantized model to files, figures and a report.
+
+Pack, export, verify in the runtime, measure under shifts, count the cost; write plan.json, certificate.json,
+metrics.json, predictions.npz and, last of all, report.html. Nothing is trained and nothing is tuned here: all
+figures are of the test split.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from bitsmith.errors import ExportMismatch
+from bitsmith.export import save, to_onnx, verify
+from bitsmith.files import write_atomic, write_json
+from bitsmith.quantization import measure, plan_of
+from bitsmith.quantization.finalize import finalize
+from bitsmith.recipe.environment import environment
+from bitsmith.recipe.progress import Event, Progress
+from bitsmith.recipe.schema import Recipe
+from bitsmith.report import write_report
+from bitsmith.tasks import Data, evaluate_shifts, predict
+from bitsmith.tasks.classification import score
+from bitsmith.tasks.dataset import to_float
+
+MISREAD = 24  # test images shown in the report
+EXPORTED = ("accuracy", "max_abs_difference", "agreement", "rows_within_tolerance", "file_bytes")
+
+
+def deliver(
+    recipe: Recipe,
+    out: Path,
+    data: Data,
+    float_model: nn.Module,
+    trained: nn.Module,
+    post_training: Mapping[str, float],
+    seconds: Mapping[str, float],
+    tell: Progress,
+) -> dict[str, Any]:
+    """Write everything that a finished run holds; returns the metrics.
+
+    Where an export does not hold, all files are written all the same, so that the report shows it; then
+    ExportMismatch is raised.
+    """
+    example = data.example()
+    cost = measure(trained, example).report()
+    plan_of(trained, cost).save(out / "plan.json")
+
+    started = time.perf_counter()
+    packed = finalize(trained, example)
+    paths = write_exports(packed, recipe.export, out, example)
+    certificate, mismatch = _verify(trained, packed, paths, data)
+    write_json(out / "certificate.json", certificate)
+    exported = {
+        name: {key: entry[key] for key in EXPORTED if key in entry}
+        # other runtimes first: "exported" without a name means the file that leaves the house
+        for name, entry in sorted(certificate["exports"].items(), key=lambda item: item[0] == "native")
+    }
+    export_seconds = time.perf_counter() - started
+    tell(Event("export", values={f"{name} accuracy": e["accuracy"] for name, e in exported.items() if e}))
+
+    started = time.perf_counter()
+    logits = {"float": predict(float_model, data.test_x), "quantized": predict(packed, data.test_x)}
+    shift = {"float": evaluate_shifts(float_model, data), "quantized": evaluate_shifts(packed, data)}
+    tell(Event("shift", values={f"{name} accuracy": found["mean"] for name, found in shift.items()}))
+    shift_seconds = time.perf_counter() - started
+
+    metrics: dict[str, Any] = {
+        "version": 1,
+        "seed": recipe.train.seed,
+        "model": recipe.model.name,
+        "data": data.name,
+        "environment": environment(),
+        "float": score(logits["float"], data.test_y),
+        "post_training": dict(post_training),
+        "quantized": score(logits["quantized"], data.test_y),
+        "uniform": None,  # the competitor of a search
+        "exported": exported,
+        "shift": shift,
+        "cost": {**cost, "latency_us": None, "energy_uj": None},
+        "budget": [],  # every width was asked for
+        "time": {**seconds, "export": export_seconds, "shift": shift_seconds},
+    }
+    metrics["time"]["total"] = sum(metrics["time"].values())
+    del metrics["cost"]["layers"]  # they are in plan.json
+    write_json(out / "metrics.json", metrics)
+    _write_predictions(out / "predictions.npz", data, {name: rows.argmax(1) for name, rows in logits.items()})
+    write_report(out)
+    if mismatch is not None:
+        raise mismatch
+    tell(Event("report"))
+    return metrics
+
+
+def write_exports(packed: nn.Module, formats: Sequence[str], out: Path, example: Tensor) -> dict[str, Path]:
+    """Write ``packed`` in each format; returns format -> path."""
+    paths = {name: out / EXPORTED_PATHS[name] for name in formats}
+    for name, path in paths.items():
+        if name == "native":
+            save(packed, path)
+        else:
+            to_onnx(packed, path, example)
+    return paths
+
+
+EXPORTED_PATHS = {"native": "model", "onnx": "model.onnx"}
+
+
+def _verify(
+    trained: nn.Module, packed: nn.Module, paths: Mapping[str, Path], data: Data
+) -> tuple[dict[str, Any], ExportMismatch | None]:
+    """The certificate, and the mismatch that it records, if any."""
+    try:
+        return verify(trained, packed, paths, to_float(data.test_x), data.test_y), None
+    except ExportMismatch as mismatch:
+        return mismatch.certificate, mismatch  # type: ignore[attr-defined]
+
+
+def _write_predictions(path: Path, data: Data, answers: Mapping[str, Tensor]) -> None:
+    """Labels, every model's answers, and the first test images that the quantized model misreads."""
+    misread = (answers["quantized"] != data.test_y).nonzero().flatten()[:MISREAD]
+    arrays: dict[str, Any] = {
+        "labels": data.test_y.numpy(),
+        "images": data.test_x[misread].numpy(),
+        "image_rows": misread.numpy(),
+        "classes": np.array(data.classes),
+        **{name: rows.numpy() for name, rows in answers.items()},
+    }
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_atomic(path, buffer.getvalue())

@@ -1,0 +1,93 @@
+"""`--dry-run`: what a recipe would quantize, what the result would cost, and how long it would take.
+
+Sites and costs are exact: the model is really prepared. Time is measured, not modelled: the real loop runs a
+few steps of each training, and the median step is multiplied by the number of steps. Memory is the process's
+own peak during those steps. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitsmith.quantization import measure, plan_of
+from bitsmith.recipe.job import quantize, read_inputs
+from bitsmith.recipe.schema import Recipe
+from bitsmith.tasks import Data, evaluate
+from bitsmith.train import Progress, TrainConfig, train
+
+STEPS = 12  # timed steps of each training; the first are warm-up
+WARM_UP = 4
+
+
+def predict(recipe: Recipe) -> dict[str, Any]:
+    """Sites, leftovers, cost, seconds and peak memory of the job, as plain data."""
+    data, model = read_inputs(recipe)
+    teacher = copy.deepcopy(model)
+    seconds = {"float": 0.0}
+    if recipe.float_train is not None:
+        seconds["float"] = _seconds(copy.deepcopy(model), data, recipe.float_train)
+    coverage, methods = quantize(recipe, model, data)
+    cost = measure(model, data.example()).report()
+    plan = plan_of(model).to_dict()
+    seconds["qat"] = _seconds(model, data, recipe.train, methods=methods, teacher=teacher)
+    return {
+        "version": 1,
+        "model": recipe.model.name,
+        "data": {
+            "name": data.name,
+            "train": len(data.train_x),
+            "val": len(data.val_x),
+            "test": len(data.test_x),
+        },
+        "target": recipe.target,
+        "sites": [{"name": name, **site} for name, site in plan["sites"].items()],
+        "leftovers": coverage.to_dict()["leftovers"],
+        "parameters": coverage.parameters,
+        "quantized_share": coverage.quantized_share,
+        "cost": cost,
+        "steps": {"float": _steps(data, recipe.float_train), "qat": _steps(data, recipe.train)},
+        "time": {**seconds, "total": sum(seconds.values())},
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+def _steps(data: Data, config: TrainConfig | None) -> int:
+    return 0 if config is None else config.epochs * -(-len(data.train_x) // config.batch_size)
+
+
+def _seconds(model: nn.Module, data: Data, config: TrainConfig, **others: Any) -> float:
+    """Predicted seconds of one training: median step times steps, and one validation an epoch."""
+    rows = min(len(data.train_x), STEPS * config.batch_size)
+    trial = dataclasses.replace(config, epochs=-(-STEPS * config.batch_size // rows))
+    ticks: list[float] = []
+
+    def tick(now: Progress) -> None:
+        if now.record is None:  # the end of an epoch is no step
+            ticks.append(time.perf_counter())
+
+    train(
+        model, data.train_x[:rows], data.train_y[:rows], trial, augment=data.augment, progress=tick, **others
+    )
+    gaps = torch.tensor(ticks).double().diff()[WARM_UP:]
+    started = time.perf_counter()
+    if len(data.val_x):
+        evaluate(model.cpu(), data.val_x, data.val_y)
+    validation = time.perf_counter() - started
+    return _steps(data, config) * float(gaps.median()) + config.epochs * validation
+
+
+def peak_memory() -> int | None:
+    """The most memory that this process has held, in bytes; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes

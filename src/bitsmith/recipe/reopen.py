@@ -1,0 +1,204 @@
+"""What can be done with a finished run: look at it, measure it again, export it again.
+
+A run directory may come from anywhere, so nothing that it names is imported: a model or data set that is
+code (``module:factory``) must be named by the user, on the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bitsmith.errors import FormatError, RecipeError, listing, nearest
+from bitsmith.export import load as load_model
+from bitsmith.export import verify
+from bitsmith.files import read_json, write_json
+from bitsmith.quantization import Plan
+from bitsmith.quantization.finalize import finalize
+from bitsmith.quantization.integer_layers import PackedWeight, packed_sites
+from bitsmith.recipe.deliver import write_exports
+from bitsmith.recipe.directory import load_stage, stage_path
+from bitsmith.recipe.job import prepare_sites
+from bitsmith.recipe.load import load_recipe
+from bitsmith.recipe.schema import EXPORTS, Recipe
+from bitsmith.tasks import Data, build, evaluate
+from bitsmith.tasks import load as load_data
+from bitsmith.tasks.data import LOADERS
+from bitsmith.tasks.dataset import to_float
+from bitsmith.tasks.models import MODELS, NOT_STRUCTURE
+from bitsmith.tasks.shifts import SHIFTS, evaluate_shifts
+
+
+def inspect_path(path: Path) -> dict[str, Any]:
+    """Sites, layers, leftovers and totals of a run directory, or the sites of a native model directory."""
+    if (path / "metrics.json").exists():
+        return _inspect_run(path)
+    if (path / "config.json").exists():
+        return {"sites": _packed_sites(load_model(path))}
+    kind = "has neither metrics.json nor config.json" if path.is_dir() else "is not a directory"
+    raise FormatError(
+        f"this is no run and no model: it {kind}" if path.exists() else "there is no such directory",
+        where=str(path),
+        expected="a run directory, or the model/ in it",
+        remedy="Give the --out of a finished `bitsmith run`",
+    )
+
+
+def _inspect_run(path: Path) -> dict[str, Any]:
+    metrics = read_json(path / "metrics.json", "metrics file")
+    plan = read_json(path / "plan.json", "plan")
+    coverage = read_json(path / "coverage.json", "coverage report")
+    cost: Mapping[str, Any] = metrics["cost"]
+    return {
+        "run": str(path),
+        "target": plan["target"],
+        "sites": [{"name": name, **site} for name, site in plan["sites"].items()],
+        "layers": plan["cost"]["layers"],
+        "leftovers": coverage["leftovers"],
+        "totals": {
+            "parameters": coverage["parameters"],
+            "quantized share": coverage["quantized_share"],
+            **{
+                name.replace("_", " "): value
+                for name, value in cost.items()
+                if isinstance(value, int | float)
+            },
+        },
+    }
+
+
+def _packed_sites(model: nn.Module) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "kind": "weight" if isinstance(site, PackedWeight) else "activation",
+            "bits": site.form.bits,
+            "grid": site.form.grid,
+            "granularity": site.form.granularity,
+            "group_size": site.form.group_size,
+        }
+        for name, site in packed_sites(model).items()
+    ]
+
+
+def evaluate_run(
+    path: Path, *, data: str | None = None, shift: str | None = None, factory: str | None = None
+) -> dict[str, Any]:
+    """Accuracy and loss of a run's packed model on its test split, or on that of ``data``.
+
+    ``shift``: the name of a shift, or "all". Raises RecipeError, FormatError, DataError.
+    """
+    if shift not in (None, "all", *SHIFTS):
+        near = nearest(str(shift), SHIFTS, 1)
+        raise RecipeError(
+            "there is no such shift",
+            where="--shift",
+            got=shift,
+            expected=f"all, {listing(SHIFTS)}",
+            remedy=f"Did you mean {near[0]}?" if near else "",
+        )
+    model, examples = reopen(path, data, factory)
+    shifts: dict[str, float] = {}
+    if shift is not None:
+        found = evaluate_shifts(model, examples)
+        shifts = found if shift == "all" else {shift: found[shift]}
+    return {
+        "run": str(path),
+        "data": examples.name,
+        "images": len(examples.test_x),
+        **evaluate(model, examples.test_x, examples.test_y),
+        "shift": shifts,
+    }
+
+
+def reopen(path: Path, data: str | None, factory: str | None) -> tuple[nn.Module, Data]:
+    """The packed model of a run, and data for it. Raises RecipeError where code would have to be named."""
+    recipe = _recipe(path)
+    examples = _data(path, recipe, data)
+    if recipe.model.name in MODELS and factory is None:
+        return load_model(path / "model"), examples
+    return load_model(path / "model", into=_float_model(path, recipe, factory)), examples
+
+
+def _recipe(path: Path) -> Recipe:
+    if not (path / "recipe.yaml").exists():
+        raise FormatError(
+            "this is not a run directory: it has no recipe.yaml"
+            if path.is_dir()
+            else "there is no such run directory",
+            where=str(path),
+            remedy="Give the --out of a finished `bitsmith run`",
+        )
+    return load_recipe(path / "recipe.yaml")
+
+
+def _float_model(path: Path, recipe: Recipe, factory: str | None) -> nn.Module:
+    """The model as it was before quantization, with whatever weights: the file's own replace them."""
+    name = factory or recipe.model.name
+    if name not in MODELS and factory is None:
+        raise RecipeError(
+            "this run's model is made by code, which is not taken from a run directory",
+            where=str(path),
+            got=name,
+            remedy=f"Name it yourself: --model {name}",
+        )
+    return build(name, **{k: v for k, v in recipe.model.arguments.items() if k not in NOT_STRUCTURE})
+
+
+def _data(path: Path, recipe: Recipe, data: str | None) -> Data:
+    if data is not None:
+        return load_data(data)
+    if recipe.data.name.partition(":")[0] not in LOADERS:
+        raise RecipeError(
+            "this run's data is made by code, which is not taken from a run directory",
+            where=str(path),
+            got=recipe.data.name,
+            remedy=f"Name it yourself: --data {recipe.data.name}",
+        )
+    return load_data(recipe.data.name, **{"seed": recipe.train.seed, **recipe.data.arguments})
+
+
+def check_exports(names: Sequence[str]) -> None:
+    """Refuse a format that there is not, with the nearest name. Raises RecipeError."""
+    for name in names:
+        if name not in EXPORTS:
+            near = nearest(name, EXPORTS, 1)
+            raise RecipeError(
+                "there is no such export format",
+                where="--to",
+                got=name,
+                expected=listing(EXPORTS),
+                remedy=f"Did you mean {near[0]}?" if near else "",
+            )
+
+
+def export_run(
+    path: Path, formats: Sequence[str], *, data: str | None = None, factory: str | None = None
+) -> tuple[dict[str, Any], dict[str, Path]]:
+    """Export the trained model of a run again; returns (certificate, format -> path).
+
+    The model comes from the run's checkpoint, not from an exported file: there is one origin of codes.
+    """
+    check_exports(formats)
+    recipe = _recipe(path)
+    examples = _data(path, recipe, data)
+    model = _float_model(path, recipe, factory)
+    plan = Plan.load(path / "plan.json") if recipe.plan is not None else None
+    prepare_sites(recipe, model, plan)
+    stage = load_stage(path, "qat")
+    if stage is None:
+        raise FormatError(
+            "there is no such checkpoint",
+            where=str(stage_path(path, "qat")),
+            expected="what a finished `bitsmith run` leaves behind",
+            remedy="Finish the run with --resume",
+        )
+    model.load_state_dict(stage[0])
+    packed = finalize(model.eval(), examples.example())
+    paths = write_exports(packed, formats, path, examples.example())
+    certificate = verify(model, packed, paths, to_float(examples.test_x), examples.test_y)
+    write_json(path / "certificate.json", certificate)
+    return certificate, paths
