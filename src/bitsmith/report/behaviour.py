@@ -12,9 +12,10 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from bitsmith.report import page, png, svg, words
-from bitsmith.report.metrics import Run
+from bitsmith.report.metrics import Predictions, Run
 
 PHASES = {"float": ("Float", "float"), "qat": ("Quantization-aware", "quant"), "search": ("Search", "acts")}
+ANSWERS = ("float", "quantized")
 
 
 def traces(run: Run) -> str:
@@ -105,7 +106,7 @@ def confusion(run: Run) -> str:
     return page.card(
         "Confusion",
         svg.heat(counts.tolist(), found.classes, label),
-        note=f"The quantized model misreads {wrong} of {len(found.labels):,} test images. "
+        remark=f"The quantized model misreads {wrong} of {len(found.labels):,} test images. "
         f"Rows: the truth; columns: its answer.{most}",
     )
 
@@ -116,10 +117,11 @@ def misread(run: Run) -> str:
     if found is None or not len(found.images):
         return ""
     items = []
-    for image, row in zip(found.images, found.image_rows, strict=True):
+    for position in sorted(range(len(found.images)), key=lambda index: _interest(found, index)):
+        image, row = found.images[position], found.image_rows[position]
         truth = int(found.labels[row])
         lines = [f'<span class="true">{page.text(found.classes[truth])}</span>']
-        for name in ("float", "quantized"):
+        for name in ANSWERS:
             if name in found.answers:
                 answer = int(found.answers[name][row])
                 state = "right" if answer == truth else "wrong"
@@ -129,8 +131,17 @@ def misread(run: Run) -> str:
     return page.card(
         "Misread images",
         f'<ul class="gallery">{"".join(items)}</ul>',
-        note=_misread_note(run),
+        remark=_misread_note(run),
     )
+
+
+def _interest(found: Predictions, position: int) -> tuple[bool, bool]:
+    """Sorts what quantization lost to the front, then what both misread, then what it won."""
+    row = found.image_rows[position]
+    before, after = (
+        name in found.answers and found.answers[name][row] == found.labels[row] for name in ANSWERS
+    )
+    return not before, after
 
 
 def _misread_note(run: Run) -> str:
@@ -178,4 +189,4 @@ def shifts(run: Run) -> str:
             else f" On average quantized is {number} points {word} float."
         )
     keys = page.legend([("b-float", "Float"), ("b-quant", "Quantized")])
-    return page.card("Accuracy under shift", keys + svg.bars(groups, 1.0, label), note=note)
+    return page.card("Accuracy under shift", keys + svg.bars(groups, 1.0, label), remark=note)

@@ -108,7 +108,7 @@ def _scatter(
     float_accuracy = floats.pop() if len(floats) == 1 else None
     listed = words.listing(names[known[position][0]] for position in front)
     plot = svg.scatter(marks, front, _tick(show), x_label, f"{title}. On the front: {listed}", float_accuracy)
-    return page.card(title, plot, note="Filled and joined: no other run is both cheaper and more accurate.")
+    return page.card(title, plot, remark="Filled and joined: no other run is both cheaper and more accurate.")
 
 
 def _tick(show: Callable[[float | None], str]) -> Callable[[float], str]:
@@ -169,5 +169,5 @@ def _layers(runs: Sequence[Run], names: Sequence[str]) -> str:
     columns = ["Layer", *(f"{index + 1} {name}" for index, name in enumerate(names))]
     body = page.table(columns, rows, "Bits per layer and run", numbers=range(1, len(columns)))
     return page.card(
-        "Bits per layer", body, note="Weights / activations; of a product both operands.", wide=True
+        "Bits per layer", body, remark="Weights / activations; of a product both operands.", wide=True
     )

@@ -8,6 +8,7 @@ Nothing here draws, computes an accuracy or touches a model.
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +70,7 @@ class Run:
     history: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     layers: tuple[Layer, ...] = ()
     certified: tuple[Certified, ...] = ()
+    not_checked: tuple[str, ...] = ()
     predictions: Predictions | None = None
     recipe: str = ""
     files: Mapping[str, int] = field(default_factory=dict)  # exported file -> bytes on disk
@@ -77,8 +79,9 @@ class Run:
         """Accuracy in 0..1 of "float", "post_training", "quantized", "uniform" or "exported"."""
         if stage == "exported":
             exports = self.metrics.get("exported") or {}
-            found = [entry.get("accuracy") for entry in exports.values() if isinstance(entry, dict)]
-            return next((value for value in found if value is not None), None)
+            order = sorted(exports, key=lambda name: name == "native")  # other people's runtimes first
+            found = [exports[name].get("accuracy") for name in order]
+            return next((float(value) for value in found if value is not None), None)
         value = (self.metrics.get(stage) or {}).get("accuracy")
         return float(value) if is_number(value) else None
 
@@ -117,6 +120,11 @@ def read_run(directory: str | Path) -> Run:
     metrics = _read_metrics(directory / "metrics.json")
     plan = _optional(directory / "plan.json", "plan")
     coverage = _optional(directory / "coverage.json", "coverage report")
+    _check_objects(directory / "plan.json", "sites", (plan.get("sites") or {}), dict)
+    for key in ("sites", "leftovers"):
+        _check_objects(directory / "coverage.json", key, (coverage.get(key) or []), list)
+    certificate = _optional(directory / "certificate.json", "certificate")
+    _check_objects(directory / "certificate.json", "exports", (certificate.get("exports") or {}), dict)
     history = _optional(directory / "history.json", "training history")
     for phase, entries in history.items():
         if phase != "version" and not (
@@ -139,7 +147,8 @@ def read_run(directory: str | Path) -> Run:
         coverage=coverage,
         history={phase: entries for phase, entries in history.items() if phase != "version"},
         layers=_layers(metrics, plan),
-        certified=read_certificate(_optional(directory / "certificate.json", "certificate")),
+        certified=read_certificate(certificate),
+        not_checked=tuple(str(item) for item in certificate.get("not_checked") or ()),
         predictions=_read_predictions(directory / "predictions.npz"),
         recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
         files=sizes,
@@ -178,10 +187,31 @@ def _check_version(path: Path, what: str, value: Mapping[str, Any]) -> None:
         )
 
 
+def _check_objects(path: Path, key: str, value: Any, kind: type[dict[str, Any]] | type[list[Any]]) -> None:
+    """`value` must be a list of objects, or an object of objects."""
+    entries = list(value.values()) if isinstance(value, dict) else value
+    if not isinstance(value, kind) or not all(isinstance(entry, dict) for entry in entries):
+        raise FormatError(
+            f"{key} is not {'a list' if kind is list else 'an object'} of objects",
+            where=str(path),
+            remedy="The file is corrupted or not one of ours: delete it, or run again",
+        )
+
+
 def _read_metrics(path: Path) -> dict[str, Any]:
     metrics = read_json(path, "metrics file")
     _check_version(path, "metrics file", metrics)
-    for section in ("float", "post_training", "quantized", "uniform", "exported", "shift", "cost", "time"):
+    for section in (
+        "float",
+        "post_training",
+        "quantized",
+        "uniform",
+        "exported",
+        "shift",
+        "cost",
+        "time",
+        "environment",
+    ):
         if not isinstance(metrics.get(section) or {}, dict):
             raise FormatError(f"{section} is not an object", where=str(path), got=metrics[section])
     for stage in ("float", "quantized"):
@@ -250,9 +280,17 @@ def _read_predictions(path: Path) -> Predictions | None:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+        AttributeError,
+        TypeError,
+    ) as error:
         raise FormatError(
             f"these predictions are corrupted, truncated or not an .npz file ({error})",
             where=str(path),
@@ -263,17 +301,21 @@ def _read_predictions(path: Path) -> Predictions | None:
             "these predictions have no labels", where=str(path), got=", ".join(sorted(arrays)) or "nothing"
         )
     labels = arrays["labels"].astype(np.int64).reshape(-1)
-    answers: dict[str, NDArray[np.int64]] = {}
-    for name in ("float", "quantized", "exported"):
-        if name in arrays:
-            answers[name] = arrays[name].astype(np.int64).reshape(-1)
-            if len(answers[name]) != len(labels):
-                raise FormatError(
-                    f"the {name} predictions do not match the labels",
-                    where=str(path),
-                    got=len(answers[name]),
-                    expected=f"{len(labels)}",
-                )
+    answers = {
+        name: arrays[name].astype(np.int64).reshape(-1)
+        for name in ("float", "quantized", "exported")
+        if name in arrays
+    }
+    for name, values in {"labels": labels, **answers}.items():
+        if values.min(initial=0) < 0:
+            raise FormatError(f"{name} holds a negative class", where=str(path), got=int(values.min()))
+        if len(values) != len(labels):
+            raise FormatError(
+                f"the {name} predictions do not match the labels",
+                where=str(path),
+                got=len(values),
+                expected=f"{len(labels)}",
+            )
     images = np.asarray(arrays.get("images", np.zeros((0, 1, 1, 1))))
     rows = np.asarray(arrays.get("image_rows", np.zeros(0))).astype(np.int64).reshape(-1)
     if images.ndim == 3:

@@ -84,7 +84,7 @@ def accuracy(run: Run) -> str:
     label = "Accuracy: " + ", ".join(f"{mark.label} {mark.text}" for mark in marks)
     plot = svg.dots(marks, label, reference=run.accuracy("float"))
     note = f"Lines: one standard error of {images:,} test images." if images else ""
-    return page.card("Accuracy", plot + _note(note), note=_gain(run, digits))
+    return page.card("Accuracy", plot + page.note(note), remark=_gain(run, digits))
 
 
 def _gain(run: Run, digits: int) -> str:
@@ -97,10 +97,6 @@ def _gain(run: Run, digits: int) -> str:
     if text.startswith(words.MINUS):
         return f"Training at these bits lost {text[1:]} points against rounding the float model to them."
     return "Rounding the float model to these bits is as accurate as training at them."
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{page.text(text)}</p>' if text else ""
 
 
 def cost(run: Run) -> str:
@@ -139,7 +135,7 @@ def cost(run: Run) -> str:
     return page.card(
         "Size and bit operations",
         keys + plot + page.facts(entries),
-        note="Sizes count codes, scales, biases and what stayed in float. "
+        remark="Sizes count codes, scales, biases and what stayed in float. "
         "A bit operation is one multiplication times the bits of both operands.",
     )
 

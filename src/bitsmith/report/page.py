@@ -31,12 +31,17 @@ def name(value: Any) -> str:
     return text(value).replace(".", ".<wbr>")
 
 
-def card(title: str, body: str, *, note: str = "", wide: bool = False) -> str:
+def note(remark: str) -> str:
+    """A remark in small soft type; empty where there is none."""
+    return f'<p class="note">{text(remark)}</p>' if remark else ""
+
+
+def card(title: str, body: str, *, remark: str = "", wide: bool = False) -> str:
     """A titled box; empty where there is no body, so that missing parts vanish."""
     if not body:
         return ""
-    remark = f'<p class="note">{text(note)}</p>' if note else ""
-    return f'<section class="card{" wide" if wide else ""}"><h2>{text(title)}</h2>{remark}{body}</section>'
+    kind = "card wide" if wide else "card"
+    return f'<section class="{kind}"><h2>{text(title)}</h2>{note(remark)}{body}</section>'
 
 
 def grid(cards: Iterable[str]) -> str:
@@ -61,11 +66,7 @@ def legend(entries: Sequence[tuple[str, str]]) -> str:
 
 
 def table(
-    columns: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    label: str,
-    numbers: Sequence[int] = (),
-    foot: Sequence[str] = (),
+    columns: Sequence[str], rows: Iterable[Sequence[str]], label: str, numbers: Sequence[int] = ()
 ) -> str:
     """Rows of cells (markup); the first is the row's header; `numbers` are right-aligned columns."""
 
@@ -79,10 +80,10 @@ def table(
         return f"<tr>{''.join(parts)}</tr>"
 
     head = cells([text(column) for column in columns], "th")
-    total = f"<tfoot>{cells(foot)}</tfoot>" if foot else ""
+    body = "".join(cells(row) for row in rows)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{text(label)}">'
-        f"<table><thead>{head}</thead><tbody>{''.join(cells(row) for row in rows)}</tbody>{total}</table></div>"
+        f"<table><thead>{head}</thead><tbody>{body}</tbody></table></div>"
     )
 
 

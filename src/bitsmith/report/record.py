@@ -27,16 +27,17 @@ def certificate(run: Run) -> str:
             kind = {True: "yes", False: "no", None: "unknown"}[held]
             detail = f"<small>{page.text(figures)}</small>" if figures else ""
             items.append(f'<li class="{kind}">{page.text(what)}{detail}</li>')
-        items += [f'<li class="unknown">not checked: {page.text(what)}</li>' for what in entry.not_checked]
-        parts.append(f'<ul class="checks">{"".join(items)}</ul>')
-        if entry.sites:
-            rows = [[page.name(site), f"{error:.3g}"] for site, error in entry.sites]
-            largest = f"Output error of {len(rows)} sites, largest {entry.sites[0][1]:.3g}"
-            parts.append(
-                page.folded(largest, page.table(["Site", "Output error"], rows, largest, numbers=(1,)))
-            )
+        parts.append(f'<ul class="checks">{"".join(items)}</ul>{page.note(" ".join(entry.remarks))}')
+        if entry.layers:
+            rows = [[page.name(layer), f"{error:.2g}"] for layer, error in entry.layers]
+            largest = f"{entry.layers[0][1]:.2g} of its standard deviation"
+            label = f"Output error of {len(rows)} layers: at most {largest}"
+            parts.append(page.folded(label, page.table(["Layer", "Output error"], rows, label, numbers=(1,))))
+    if run.not_checked:
+        items = [f'<li class="unknown">{page.text(what)}</li>' for what in run.not_checked]
+        parts.append(f'<h3>Not checked</h3><ul class="checks">{"".join(items)}</ul>')
     return page.card(
-        "Certificate", "".join(parts), note="The exported file, run in its own runtime and compared."
+        "Certificate", "".join(parts), remark="The exported file, run in its own runtime and compared."
     )
 
 
@@ -58,17 +59,17 @@ def coverage(run: Run) -> str:
         rows = [
             [
                 page.name(entry.get("name", "?")),
-                _cell(entry.get("elements")),
                 page.text(entry.get("reason", "")),
+                _cell(entry.get("elements")),
             ]
             for entry in leftovers
         ]
-        inner = page.table(["Tensor", "Elements", "Why"], rows, "Tensors in float", numbers=(1,))
+        inner = page.table(["Tensor", "Why", "Elements"], rows, "Tensors in float", numbers=(2,))
         parts.append(page.folded(f"{len(rows)} tensors stay in float", inner, opened=len(rows) <= 16))
     return page.card(
         "Coverage",
         "".join(parts),
-        note="Nothing is skipped in silence: a tensor is quantized or listed.",
+        remark="Nothing is skipped in silence: a tensor is quantized or listed.",
         wide=True,
     )
 
@@ -112,14 +113,14 @@ def timings(run: Run) -> str:
     plot = svg.bars(groups, max(spent.values()) or 1.0, label) if groups else ""
     whole = words.seconds(total if total is not None else sum(spent.values()))
     return (
-        page.card("Time", plot, note=f"{whole} in all.")
+        page.card("Time", plot, remark=f"{whole} in all.")
         if plot
-        else page.card("Time", _note(f"{whole} in all."))
+        else page.card("Time", page.note(f"{whole} in all."))
     )
 
 
 def _stage(key: str) -> str:
-    known = {"qat": "Quantized", "onnx": "ONNX"}
+    known = {"qat": "Quantized", "post_training": "Post-training", "onnx": "ONNX"}
     name = key.removesuffix("_seconds").removesuffix("_s")
     return known.get(name, name.replace("_", " ").capitalize())
 

@@ -92,7 +92,7 @@ def dots(marks: Sequence[Mark], label: str, reference: float | None = None) -> s
     """One row per mark on a common axis that need not start at zero: positions are compared, not lengths."""
     ends = [end for mark in marks for end in (mark.value, *(mark.spread or ()))]
     margin = 0.08 * (max(ends) - min(ends)) or 0.005
-    grid = [t for t in ticks(min(ends) - margin, min(max(ends) + margin, 1.0), 4) if t <= 1.0 + 1e-9]
+    grid = [t for t in ticks(min(ends) - margin, min(max(ends) + margin, 1.0), 3) if t <= 1.0 + 1e-9]
     low, high = grid[0], max(grid[-1], max(ends))
     row, height = 38, 38 * len(marks) + 4
     body = []
@@ -209,9 +209,9 @@ def scatter(
         body.append(_text(x, f"{height}", show_x(tick), "tick middle", dy=19))
     body.append(_text("50%", f"{height}", x_label, "tick middle", dy=40))
     if reference is not None:
-        y = f"{100 - _at(reference, low, high):.2f}%"
-        body.append(f'<line x1="0" x2="100%" y1="{y}" y2="{y}" class="reference"/>')
-        body.append(_text("0", y, "float", "tick", dx=6, dy=-5))
+        y = height * (1 - _at(reference, low, high) / 100)
+        body.append(f'<line x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}" class="reference"/>')
+        body.append(_text("0", f"{y:.1f}", "float", "tick", dx=6, dy=-5))
     spots = [(_at(math.log(x), left, right), 100 - _at(mark.value, low, high)) for x, mark in marks]
     steps: list[tuple[float, float]] = []
     for px, py in sorted(spots[index] for index in front):
@@ -303,11 +303,10 @@ def heat(counts: Sequence[Sequence[int]], names: Sequence[str], label: str) -> s
             x = gutter + middle
             turn = f' transform="rotate(-90 {x:.1f} {top - 6:.1f})"' if rotated else ""
             style = "tick" if rotated else "tick middle"
-            body.append(
-                f'<text x="{x + 3 * rotated:.1f}" y="{top - 7:.1f}" class="{style}"{turn}>{escape(shown)}</text>'
-            )
+            place = f'x="{x + 3 * rotated:.1f}" y="{top - 7:.1f}"{turn}'
+            body.append(f'<text {place} class="{style}">{escape(shown)}</text>')
     width, height = gutter + size * cell, top + size * cell
     return (
         f'<svg class="heat" role="img" aria-label="{escape(label)}" viewBox="0 0 {width:.0f} {height:.0f}" '
-        f'style="max-width:{width * 1.15:.0f}px"><title>{escape(label)}</title>{"".join(body)}</svg>'
+        f'style="max-width:{width * 1.3:.0f}px"><title>{escape(label)}</title>{"".join(body)}</svg>'
     )

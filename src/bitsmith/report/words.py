@@ -114,7 +114,8 @@ def headline(run: Run) -> tuple[str, str]:
     if run.cost("bops") and run.cost("bops_float"):
         parts.append(f"{factor(run.cost('bops_float'), run.cost('bops'))} fewer bit operations")
     sentence = ", ".join(parts) + " than float; " if parts else ""
-    return title, f"{sentence}{against_float(run)}; {verdict(run)}."
+    sentence += f"{against_float(run)}; {verdict(run)}."
+    return title, sentence[0].upper() + sentence[1:]
 
 
 def against_float(run: Run) -> str:

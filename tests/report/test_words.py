@@ -1,0 +1,86 @@
+"""Figures in words."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bitsmith.report import words
+from bitsmith.report.metrics import Layer
+
+S = words.SPACE
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (words.percent(0.9775), f"97.8{S}%"),
+        (words.percent(0.9219, 2), f"92.19{S}%"),
+        (words.percent(1.0), f"100.0{S}%"),
+        (words.percent(None), "–"),
+        (words.small_percent(0.0312), f"3.1{S}%"),
+        (words.small_percent(0.00042), f"0.042{S}%"),
+        (words.small_percent(1.0), f"100{S}%"),
+        (words.small_percent(0.0), f"0{S}%"),
+        (words.points(-0.0031), "−0.3"),
+        (words.points(0.047), "+4.7"),
+        (words.points(-0.0001), "0.0"),
+        (words.size(0), f"0{S}B"),
+        (words.size(999), f"999{S}B"),
+        (words.size(999.7), f"1.0{S}kB"),
+        (words.size(4123), f"4.1{S}kB"),
+        (words.size(999_960), f"1.0{S}MB"),
+        (words.count(12_345_678), f"12.3{S}M"),
+        (words.count(338_000_000), f"338{S}M"),
+        (words.count(12), "12"),
+        (words.factor(31.2, 1), "31×"),
+        (words.factor(7.31, 1), "7.3×"),
+        (words.factor(None, 1), "–"),
+        (words.bits(4.0), "4"),
+        (words.bits(2.5), "2.5"),
+        (words.bits(10), "10"),
+        (words.bits(32), "float"),
+        (words.seconds(0.41), f"410{S}ms"),
+        (words.seconds(29.4), f"29.4{S}s"),
+        (words.seconds(754), f"12{S}min 34{S}s"),
+        (words.seconds(7260), f"2{S}h 1{S}min"),
+        (words.listing(["a", "b", "c"]), "a, b and c"),
+    ],
+)
+def test_figures(written: str, expected: str) -> None:
+    assert written == expected
+
+
+@given(st.floats(1, 1e17))
+def test_a_scaled_figure_reads_back_within_half_of_its_last_digit(value: float) -> None:
+    number, _, unit = words.count(value).partition(S)
+    power = 1000 ** ("", "k", "M", "G", "T", "P").index(unit)
+    assert float(number) * power == pytest.approx(value, rel=0.051 if power > 1 else 0.51)
+    assert len(number) <= 4
+
+
+@pytest.mark.parametrize(
+    ("bits", "expected"),
+    [
+        ([3, 3, 3], "3-bit weights"),
+        ([8, 3, 3, 8], "8-bit weights (2 layers at 3)"),
+        ([8, 3, 3], "3-bit weights (1 layer at 8)"),
+        ([8, 2, 3, 4], "2- to 8-bit weights"),
+        ([32, 32], "float weights"),
+        ([None], ""),
+    ],
+)
+def test_the_usual_bits(bits: list[float | None], expected: str) -> None:
+    layers = tuple(Layer(f"layer{index}", "Linear", weight_bits=width) for index, width in enumerate(bits))
+    assert words.usual_bits(layers, "weight_bits") == expected
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        ({"kind": "bops", "limit": 0.03, "used": 0.0297}, f"3.0{S}% of float bit operations (3.0{S}% used)"),
+        ({"kind": "weight_bytes", "limit": 4000, "used": 3990}, f"4.0{S}kB weight bytes (4.0{S}kB used)"),
+        ({"kind": "average_bits", "limit": 2.8}, "2.80 average bits"),
+    ],
+)
+def test_budgets(budget: dict[str, object], expected: str) -> None:
+    assert words.budget_text(budget) == expected
