@@ -133,7 +133,7 @@ def recipe_rows() -> Iterator[Row]:
     shown = {
         "model": "digits_cnn",
         "data": "digits",
-        "export": str(list(EXPORTS)),
+        "export": f"[{', '.join(EXPORTS)}]",
         "methods": "[]",
         "target": "native",
     }
