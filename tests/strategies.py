@@ -29,7 +29,9 @@ def tensors(draw: st.DrawFn, shape: tuple[int, ...] | None = None, limit: float 
     """Finite float32 values: noise of one seed with drawn numbers (zeros, ties, extremes) strewn in."""
     size = draw(st.tuples(st.integers(1, 5), st.integers(1, 40))) if shape is None else shape
     x = torch.randn(size, generator=torch.Generator().manual_seed(draw(st.integers(0, 2**31))))
-    special = draw(st.lists(st.floats(-limit, limit, width=32) | st.sampled_from([0.0, 0.5, -1.5, 2.5]), max_size=6))
+    special = draw(
+        st.lists(st.floats(-limit, limit, width=32) | st.sampled_from([0.0, 0.5, -1.5, 2.5]), max_size=6)
+    )
     for i, value in enumerate(special[: x.numel()]):
         x.view(-1)[(i * 7) % x.numel()] = value
     return x

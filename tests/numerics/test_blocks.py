@@ -11,7 +11,9 @@ from bitsmith.numerics.blocks import GRANULARITIES, from_groups, group_count, ro
 
 
 @given(
-    shape=st.lists(st.integers(1, 6), min_size=2, max_size=4), group_size=st.integers(1, 12), flatten=st.booleans()
+    shape=st.lists(st.integers(1, 6), min_size=2, max_size=4),
+    group_size=st.integers(1, 12),
+    flatten=st.booleans(),
 )
 def test_groups_and_back_is_the_identity(shape: list[int], group_size: int, flatten: bool) -> None:
     x = torch.arange(1.0, 1 + torch.Size(shape).numel()).reshape(shape)
@@ -60,8 +62,8 @@ IMAGE = torch.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 5)
         ("channel", None, 1, False, [IMAGE[:, i].flatten() for i in range(3)]),
         ("channel", None, -1, False, [IMAGE[..., i].flatten() for i in range(5)]),
         ("group", 30, 0, True, [IMAGE.flatten()[i : i + 30] for i in range(0, 120, 30)]),
-        ("group", 5, 0, False, [row for row in IMAGE.reshape(-1, 5)]),
-        ("token", None, 0, False, [row for row in IMAGE.reshape(-1, 5)]),
+        ("group", 5, 0, False, list(IMAGE.reshape(-1, 5))),
+        ("token", None, 0, False, list(IMAGE.reshape(-1, 5))),
     ],
 )
 def test_rows_are_the_values_that_share_a_scale(
@@ -72,5 +74,5 @@ def test_rows_are_the_values_that_share_a_scale(
 
 
 def test_an_unknown_granularity_is_refused_with_the_choices() -> None:
-    with pytest.raises(ValueError, match="'row' is not one of .*channel"):
+    with pytest.raises(ValueError, match=r"'row' is not one of .*channel"):
         rows_of(IMAGE, "row", None, 0, True)

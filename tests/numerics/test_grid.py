@@ -39,5 +39,5 @@ def test_codes_fit_their_bits(grid: str, bits: int) -> None:
 
 
 def test_an_unknown_grid_is_refused_with_the_choices() -> None:
-    with pytest.raises(ValueError, match="'round' is not one of .*symmetric.*seq"):
+    with pytest.raises(ValueError, match=r"'round' is not one of .*symmetric.*seq"):
         bounds("round", 4)

@@ -144,6 +144,12 @@ def _levels_(
 
 def _sum_to(a: Tensor, b: Tensor | None, like: Tensor) -> Tensor:
     """sum of a * b over the axes along which ``like`` is broadcast."""
-    if b is not None and like.numel() == 1 and not torch.is_grad_enabled() and a.is_contiguous() and b.is_contiguous():
+    if (
+        b is not None
+        and like.numel() == 1
+        and not torch.is_grad_enabled()
+        and a.is_contiguous()
+        and b.is_contiguous()
+    ):
         return torch.dot(a.view(-1), b.view(-1)).view(like.shape)
     return (a if b is None else a * b).sum_to_size(like.shape)

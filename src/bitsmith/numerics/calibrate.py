@@ -26,7 +26,7 @@ AT_ONCE = 2**20  # values searched at a time: bounds the memory, and a chunk sta
 COARSE = [i / 24 for i in range(-6, 25)]  # exponents of (mean / largest): from above the largest to the mean
 FINE = [i / 192 for i in range(-8, 9)]
 ENDS = ("start", "stop")
-HISTOGRAM_BINS, KL_CANDIDATES = 2048, 128
+HISTOGRAM_BINS, KL_CANDIDATES = 2048, 64
 
 Range = tuple[Tensor, Tensor]  # scale (channels,), zero point (channels,)
 Calibration = Callable[[Tensor, float, float, float, bool], Range]
@@ -169,9 +169,11 @@ def _search_scale(x: Tensor, low: float, high: float, half: float) -> Range:
     largest, zero_point = demand.amax(1), torch.zeros_like(x[:, 0])
     ratio = demand.mean(1) / largest.clamp(min=SMALLEST)
     best: tuple[Tensor, ...] = _refit(x, largest, low, high, half, zero_point)
-    for exponents, centre in ((COARSE, largest), (FINE, best[1])):
-        for exponent in exponents:
-            best = _better(_refit(x, centre * ratio**exponent, low, high, half, zero_point), best)
+    for exponent in COARSE:
+        best = _better(_refit(x, largest * ratio**exponent, low, high, half, zero_point), best)
+    centre = best[1]
+    for exponent in FINE:
+        best = _better(_refit(x, centre * ratio**exponent, low, high, half, zero_point), best)
     for _ in range(2):
         best = _better(_refit(x, best[1], low, high, half, zero_point), best)
     return best[1], zero_point
@@ -187,7 +189,7 @@ def _search_range(x: Tensor, low: float, high: float, half: float) -> Range:
         return (*_refit(x, scale, low, high, half, zero_point), zero_point, start, stop)
 
     best = trial(lowest, highest)
-    for exponents, moves in ((COARSE, ("both", *ENDS)), (COARSE, ENDS), (FINE, ENDS)):
+    for exponents, moves in ((COARSE[::2], ("both", *ENDS)), (COARSE[::2], ENDS), (FINE[::2], ENDS)):
         *_, start, stop = best
         for exponent, moved in product(exponents, moves):
             factor = ratio**exponent
