@@ -103,7 +103,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 def save_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file with a digest in its metadata. Tensors may share memory; each is stored whole."""
+    """Write a safetensors file with a digest in its metadata. Each tensor is stored whole, shared or not."""
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     write_atomic(
         path, safetensors_save(plain, metadata={**(metadata or {}), "format": "pt", DIGEST: digest(plain)})

@@ -7,8 +7,8 @@ Three affine forms are in use in the field; they differ at ties and in the gradi
     (iii)  s * clamp(round((x - b)/s), low, high) + b          b real: LSQ+ as printed
 
 Ours is (i), with a constant ``half`` for grids without zero (numerics.grid): level = clamp(round(x/s - half),
-low - z, high - z) + half, value = s * level, stored code = level - half + z. A learned z is rounded in forward,
-so that what is trained is what a runtime computes.
+low - z, high - z) + half, value = s * level, stored code = level - half + z. A learned z is rounded in
+forward, so that what is trained is what a runtime computes.
 
 Differences from the well-known implementations. (1) x is divided by the scale, never multiplied by its
 inverse (17 % of the codes differ for inputs that lie on a grid; runtimes divide). (2) The result is the

@@ -4,7 +4,7 @@ A tensor x is looked at as blocks such that a scale of shape ``scale_shape`` bro
 
     granularity   weight (out, ...)                      activation
     tensor        one scale                              one scale
-    channel       one per out channel                    one per feature (channels of an image, last axis else)
+    channel       one per out channel                    one per feature (image: channel, else last axis)
     group         one per `group_size` inputs of a row   one per `group_size` features of a token
     token         -                                      one per position: the last axis shares (dynamic only)
 
@@ -30,7 +30,7 @@ def group_count(length: int, group_size: int) -> int:
 
 
 def to_groups(x: Tensor, group_size: int, flatten: bool) -> Tensor:
-    """(rows, ..., length) -> (..., groups, group_size); ``flatten`` joins all axes but the first (weights)."""
+    """(rows, ..., length) -> (..., groups, group_size); ``flatten`` joins all axes but the first."""
     rows = x.flatten(1) if flatten else x
     length = rows.shape[-1]
     padding = group_count(length, group_size) * group_size - length

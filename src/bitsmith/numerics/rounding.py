@@ -1,11 +1,11 @@
 """Gradient estimators: what stands in for the derivative of rounding, and noise for stochastic rounding.
 
-    estimator   factor on the gradient inside the grid                         source
-    clipped     1 (0 outside)                                                  straight-through, 1308.3432; LSQ
-    pure        1 (1 outside, too)                                             straight-through without clipping
-    ewgs        1 + d sign(g) (u - q)/(levels - 1), d = 1e-3                  EWGS, 2104.00903, eq. 5
-    smooth      slope of a tanh staircase with the same mean, sharpness 4      DSQ, 1908.05033
-    stochastic  1 (0 outside); rounds up with probability frac(u)              2412.04787 and older
+    estimator   factor on the gradient inside the grid                     source
+    clipped     1 (0 outside)                                              straight-through, 1308.3432; LSQ
+    pure        1 (1 outside, too)                                         straight-through without clipping
+    ewgs        1 + d sign(g) (u - q)/(levels - 1), d = 1e-3               EWGS, 2104.00903, eq. 5
+    smooth      slope of a tanh staircase with the same mean, sharpness 4  DSQ, 1908.05033
+    stochastic  1 (0 outside); rounds up with probability frac(u)          2412.04787 and older
 
 u = x/scale, q its level. The range's gradients do not depend on the estimator (numerics.affine).
 EWGS divides by the number of steps because its x lives in [0, 1]. Its d is the paper's fixed-factor form; the

@@ -15,11 +15,13 @@ from torch import nn
 
 @torch.no_grad()
 def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> int:
-    """Replace the running statistics of every BatchNorm by their plain mean over ``batches``; returns how many norms.
+    """Replace the statistics of every BatchNorm by their plain mean over ``batches``; returns how many norms.
 
     Only the norms run in training mode; element noise, dropout and augmentation do not.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = [
+        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
     if not norms:
         return 0
     modes = {m: m.training for m in model.modules()}

@@ -35,7 +35,7 @@ class LayerCost:
     """One product of two operands, per sample.
 
     operands: the names of its two sites (sites that stay in float have no quantizer and count 32 bits).
-    weight_elements, weight_scales, weight_zero_points: 0 for a MatMul, and where a tied weight is counted already.
+    weight_elements, weight_scales, weight_zero_points: 0 for a MatMul, and for a tied weight the second time.
     activation_elements: site -> elements of the tensor.
     """
 
@@ -79,7 +79,7 @@ class CostModel:
         return (sum(layer.macs for layer in self.layers) + self.float_macs) * FLOAT * FLOAT
 
     def weight_bytes(self, bits: Bits) -> Any:
-        """Bytes of everything the file stores. Exact for integers; for tensors codes count at bits / 8, unpadded."""
+        """Bytes of all that the file stores; exact for integers, with codes at bits / 8 for tensors."""
         total: Any = self.other_bytes
         for layer in self.layers:
             total = total + self._layer_bytes(layer, bits)
@@ -101,14 +101,16 @@ class CostModel:
         total: Any = 0
         elements = 0
         for layer in self.layers:
-            counts = {layer.operands[0]: layer.weight_elements} if kind == "weight" else layer.activation_elements
+            counts = (
+                {layer.operands[0]: layer.weight_elements} if kind == "weight" else layer.activation_elements
+            )
             for site, count in counts.items():
                 total = total + count * bits.get(site, FLOAT)
                 elements += count
         return total / max(elements, 1)
 
     def report(self, bits: Bits | None = None) -> dict[str, Any]:
-        """The ``cost`` part of metrics.json, with one entry per layer; for the model's own bits by default."""
+        """The ``cost`` part of metrics.json, with an entry per layer; by default for the model's own bits."""
         bits = self.present if bits is None else bits
         return {
             "bops": self.bops(bits),
@@ -128,7 +130,9 @@ class CostModel:
                     "operand_bits": [bits.get(site, FLOAT) for site in layer.operands],
                     "weight_elements": layer.weight_elements,
                     "weight_bytes": self._layer_bytes(layer, bits),
-                    "bops": layer.macs * bits.get(layer.operands[0], FLOAT) * bits.get(layer.operands[1], FLOAT),
+                    "bops": layer.macs
+                    * bits.get(layer.operands[0], FLOAT)
+                    * bits.get(layer.operands[1], FLOAT),
                 }
                 for layer in self.layers
             ],
@@ -136,7 +140,7 @@ class CostModel:
 
 
 def measure(model: nn.Module, example: Any, target: str | Target | None = None) -> CostModel:
-    """The cost model of a prepared ``model``, from one forward of ``example`` (a batch, or a tuple of arguments).
+    """The cost model of a prepared ``model``, from one forward of ``example`` (a batch, or a tuple of them).
 
     Raises SiteError where a quantizer is never called.
     """
@@ -147,7 +151,8 @@ def measure(model: nn.Module, example: Any, target: str | Target | None = None) 
     counted: set[int] = set()
     for entry in found.layers.values():
         layer = modules[entry.name]
-        operands = tuple(f"{entry.name}.{o}" if entry.name else o for o in SWAPS_BY_QUANT[type(layer)])
+        first, second = (f"{entry.name}.{o}" if entry.name else o for o in SWAPS_BY_QUANT[type(layer)])
+        operands = (first, second)
         elements = scales = zero_points = bias = 0
         if not isinstance(layer, QuantMatMul):
             counted.update(id(p) for p in (layer.bias,) if p is not None)
@@ -161,23 +166,37 @@ def measure(model: nn.Module, example: Any, target: str | Target | None = None) 
                     scales = quantizer.range.shape[1]
                     zero_points = scales if quantizer.grid_name() == "asymmetric" else 0
         layers.append(
-            LayerCost(entry.name, entry.kind, entry.macs, operands, elements, scales, zero_points, bias, entry.operands)  # type: ignore[arg-type]
+            LayerCost(
+                entry.name,
+                entry.kind,
+                entry.macs,
+                operands,
+                elements,
+                scales,
+                zero_points,
+                bias,
+                entry.operands,
+            )
         )
     for norm in found.folds.values():
         counted.update(id(t) for t in (*modules[norm].parameters(), *modules[norm].buffers()))
     own = {id(t) for q in quantizers.values() for t in (*q.parameters(), *q.buffers())}
     plain = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in own}
-    other = sum(t.numel() * t.element_size() for i, t in plain.items() if i not in counted and not _is_counter(t))
+    other = sum(
+        t.numel() * t.element_size() for i, t in plain.items() if i not in counted and not _is_counter(t)
+    )
     for quantizer in quantizers.values():
         if quantizer.kind == "activation" and quantizer.scheme.range != "dynamic":
-            other += FLOAT_BYTES * quantizer.range.shape[1] * (2 if quantizer.grid_name() == "asymmetric" else 1)
+            other += (
+                FLOAT_BYTES * quantizer.range.shape[1] * (2 if quantizer.grid_name() == "asymmetric" else 1)
+            )
     return CostModel(
         layers=tuple(layers),
         present={name: int(q.bits.expected()) for name, q in quantizers.items()},
         float_macs=found.float_macs,
         other_bytes=other,
         float_bytes=sum(t.numel() * t.element_size() for t in plain.values() if not _is_counter(t)),
-        target=get_target(target or getattr(model, "bitsmith_target", "native")),
+        target=get_target(target if target is not None else getattr(model, "bitsmith_target", "native")),
     )
 
 

@@ -45,7 +45,9 @@ def finalize(model: nn.Module, example: Any) -> nn.Module:
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLayer)}
     if not layers:
-        raise SiteError("this model has no quantized layer", where="finalize", remedy="Call bs.prepare(model, ...) first")
+        raise SiteError(
+            "this model has no quantized layer", where="finalize", remedy="Call bs.prepare(model, ...) first"
+        )
     check_calibrated(model)
     uses = Counter(id(layer.weight) for layer in layers.values() if not isinstance(layer, QuantMatMul))
     norms: dict[str, Any] = {}
@@ -76,11 +78,15 @@ def pack_layer(layer: QuantLayer, norm: Any, weights: dict[int, PackedWeight | F
         return IntegerLinear(weight, input, bias)
     assert isinstance(layer, QuantConv1d | QuantConv2d)
     border = tuple(layer._reversed_padding_repeated_twice) if layer.padding_mode != "zeros" else ()
-    geometry = ConvGeometry(layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode, border)
+    geometry = ConvGeometry(
+        layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode, border
+    )
     return IntegerConv(weight, input, bias, geometry)
 
 
-def pack_weight(weight: Tensor, quantizer: Quantizer | None, factor: Tensor | None = None) -> PackedWeight | FloatWeight:
+def pack_weight(
+    weight: Tensor, quantizer: Quantizer | None, factor: Tensor | None = None
+) -> PackedWeight | FloatWeight:
     """Codes and scales of a weight (out, ...); ``factor`` (out,) float64 goes into the scales."""
     weight = weight.detach()
     if quantizer is None:

@@ -55,7 +55,7 @@ class Form:
 
 
 class PackedWeight(nn.Module):
-    """A weight as codes: ``forward()`` gives it back as float32 values. Shared by layers with tied weights."""
+    """A weight as codes: ``forward()`` gives it back as float32 values. Tied layers share one."""
 
     codes: Tensor  # uint8, numerics.pack
     scale: Tensor  # float32, broadcasts against the weight's blocks
@@ -148,8 +148,11 @@ class IntegerLinear(nn.Module):
     """``x @ W.T + b`` with packed W: (..., in_features) -> (..., out_features)."""
 
     kind = "linear"
+    bias: Tensor | None
 
-    def __init__(self, weight: PackedWeight | FloatWeight, input: FrozenQuantizer | None, bias: Tensor | None) -> None:
+    def __init__(
+        self, weight: PackedWeight | FloatWeight, input: FrozenQuantizer | None, bias: Tensor | None
+    ) -> None:
         super().__init__()
         self.weight, self.input = weight, input
         self.out_features, self.in_features = weight.shape

@@ -1,9 +1,10 @@
 """Layers with quantized operands. Each is the PyTorch layer it replaces, its own parameters and names kept,
 so that a float checkpoint loads into the prepared model and back; only quantizers are added beside them.
 
-`prepare` makes them: it changes the class of a layer that stands in the model, so that parameters, hooks, ties
-and every reference to the layer stay what they were. A quantizer that is None leaves its operand in float. MatMul is a product of two activations as a module (the
-two of attention), because only a module can carry sites; a function call inside a forward cannot.
+`prepare` makes them: it changes the class of a layer that stands in the model, so that parameters, hooks,
+ties and every reference to the layer stay what they were. A quantizer that is None leaves its operand in
+float. MatMul is a product of two activations as a module (the two of attention), because only a module can
+carry sites; a function call inside a forward cannot.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class QuantConv1d(nn.Conv1d):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, L) -> (N, C', L')."""
         weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
-        return self._conv_forward(x if self.input_quantizer is None else self.input_quantizer(x), weight, self.bias)
+        return self._conv_forward(
+            x if self.input_quantizer is None else self.input_quantizer(x), weight, self.bias
+        )
 
 
 class QuantConv2d(nn.Conv2d):
@@ -57,7 +60,9 @@ class QuantConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H', W')."""
         weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
-        return self._conv_forward(x if self.input_quantizer is None else self.input_quantizer(x), weight, self.bias)
+        return self._conv_forward(
+            x if self.input_quantizer is None else self.input_quantizer(x), weight, self.bias
+        )
 
 
 class QuantMatMul(MatMul):

@@ -22,7 +22,7 @@ SAMPLE_PER_BATCH = 2**15
 
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable[Any], *, overwrite: bool = False) -> None:
-    """Set the ranges of all activation sites from ``batches`` of model inputs (a tensor, or a tuple of arguments).
+    """Set the ranges of all activation sites from ``batches`` of inputs (a tensor, or a tuple of arguments).
 
     Raises SiteError where ranges were trained already (unless ``overwrite``) or a quantizer is never called,
     DataError where an input is not finite or there is no batch.
@@ -31,16 +31,20 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, overwrite: bool = Fal
     for name, quantizer in activations.items():
         if not overwrite and bool(quantizer.range.any()):
             raise SiteError(
-                "this range was trained; calibrating would wipe it", where=name, remedy="Pass overwrite=True if that is meant"
+                "this range was trained; calibrating would wipe it",
+                where=name,
+                remedy="Pass overwrite=True if that is meant",
             )
     seen: dict[str, list[Tensor]] = {name: [] for name in activations}
     extremes: dict[str, tuple[float, float]] = {}
 
     def look(quantizer: Quantizer, arguments: tuple[Tensor, ...]) -> None:
         x = arguments[0].detach().float()
-        values = blocks.rows_of(x, quantizer.scheme.granularity, None, quantizer.axis, False) if (
-            quantizer.scheme.granularity == "channel"
-        ) else x.reshape(1, -1)
+        values = (
+            blocks.rows_of(x, quantizer.scheme.granularity, None, quantizer.axis, False)
+            if (quantizer.scheme.granularity == "channel")
+            else x.reshape(1, -1)
+        )
         low, high = extremes.get(quantizer.name, (float("inf"), float("-inf")))
         extremes[quantizer.name] = (min(low, float(values.min())), max(high, float(values.max())))
         step = -(-values.numel() // SAMPLE_PER_BATCH)
@@ -60,8 +64,15 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, overwrite: bool = Fal
     try:
         for batch in batches:
             arguments = batch if isinstance(batch, tuple) else (batch,)
-            if any(isinstance(a, Tensor) and a.is_floating_point() and not bool(a.isfinite().all()) for a in arguments):
-                raise DataError("calibration data has NaN or infinite values", where=f"batch {count}", remedy="Clean the data")
+            if any(
+                isinstance(a, Tensor) and a.is_floating_point() and not bool(a.isfinite().all())
+                for a in arguments
+            ):
+                raise DataError(
+                    "calibration data has NaN or infinite values",
+                    where=f"batch {count}",
+                    remedy="Clean the data",
+                )
             model(*arguments)
             count += 1
     finally:
@@ -75,10 +86,14 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, overwrite: bool = Fal
             raise SiteError(
                 "the quantizer of this site was never called",
                 where=name,
-                remedy="The model does not use this layer's forward: set its bits to 32 in overrides, or remove it",
+                remedy="The model bypasses this layer: set its bits to 32 in overrides, or remove it",
             )
         values = torch.cat(seen[name], 1)
         if not bool(values.isfinite().all()):
-            raise DataError("activations are not finite here", where=name, remedy="The float model itself produces NaN or infinity")
+            raise DataError(
+                "activations are not finite here",
+                where=name,
+                remedy="The float model itself produces NaN or infinity",
+            )
         quantizer.range.zero_()
         quantizer.calibrate(values[:, :: -(-values.numel() // SAMPLE)], *extremes[name])

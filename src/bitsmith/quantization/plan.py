@@ -1,4 +1,4 @@
-"""Plan: site -> integer bits. What every method ends in; a JSON file that a person can read, edit and use again."""
+"""Plan: site -> integer bits. What every method ends in; a JSON file to read, edit and use again."""
 
 from __future__ import annotations
 
@@ -69,7 +69,11 @@ class Plan:
         planned = {}
         for name, entry in value["sites"].items():
             bits = entry.get("bits") if isinstance(entry, Mapping) else None
-            if not isinstance(bits, int) or not 1 <= bits <= 8 or entry.get("kind") not in ("weight", "activation"):
+            if (
+                not isinstance(bits, int)
+                or not 1 <= bits <= 8
+                or entry.get("kind") not in ("weight", "activation")
+            ):
                 raise FormatError(
                     "this site of the plan is not valid",
                     where=f"{where}: sites.{name}",
@@ -118,7 +122,7 @@ def _planned(quantizer: Quantizer) -> PlannedSite:
 
 @dataclass(frozen=True)
 class CommitReport:
-    """What `commit` did: sites whose width had been trained, and sites made over (post-training quantization)."""
+    """What `commit` did: sites whose width was trained, and sites made over (post-training quantization)."""
 
     trained: tuple[str, ...]
     post_training: tuple[str, ...]
@@ -126,7 +130,9 @@ class CommitReport:
     def __str__(self) -> str:
         text = f"{len(self.trained)} sites committed to a trained width"
         if self.post_training:
-            text += f"; {len(self.post_training)} to a width that was not trained (post-training quantization): "
+            text += (
+                f"; {len(self.post_training)} to a width that was not trained (post-training quantization): "
+            )
             text += ", ".join(self.post_training)
         return text
 
@@ -143,7 +149,7 @@ def commit(model: nn.Module, plan: Plan | Mapping[str, int]) -> CommitReport:
             raise SiteError(
                 "the plan has a site that the model has not",
                 where=name,
-                remedy=f"The nearest sites are {', '.join(nearest(name, quantizers) or list(quantizers)[:3])}",
+                remedy=f"The nearest are {', '.join(nearest(name, quantizers) or list(quantizers)[:3])}",
             )
     missing = [name for name in quantizers if name not in bits]
     if missing:
@@ -154,4 +160,6 @@ def commit(model: nn.Module, plan: Plan | Mapping[str, int]) -> CommitReport:
         if isinstance(layer, (QuantLinear, QuantConv1d, QuantConv2d)) and layer.weight_quantizer is not None
     }
     trained = {name: quantizers[name].commit(width, weights.get(name)) for name, width in bits.items()}
-    return CommitReport(tuple(n for n, t in trained.items() if t), tuple(n for n, t in trained.items() if not t))
+    return CommitReport(
+        tuple(n for n, t in trained.items() if t), tuple(n for n, t in trained.items() if not t)
+    )

@@ -47,7 +47,7 @@ class CoveredSite:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What `prepare` did: sites, and what stays in float. Elements of weight sites and leftovers sum to all parameters."""
+    """What `prepare` did. Elements of weight sites and of leftovers sum to all parameters."""
 
     sites: tuple[CoveredSite, ...]
     leftovers: tuple[Leftover, ...]
@@ -69,8 +69,11 @@ class Coverage:
         }
 
     def __str__(self) -> str:
-        width = max((len(x.name) for x in (*self.sites, *self.leftovers)), default=4)
-        lines = [f"{len(self.sites)} sites; {self.quantized_share:.1%} of {self.parameters:,} parameters are quantized"]
+        names = [*(site.name for site in self.sites), *(leftover.name for leftover in self.leftovers)]
+        width = max(map(len, names), default=4)
+        lines = [
+            f"{len(self.sites)} sites; {self.quantized_share:.1%} of {self.parameters:,} parameters quantized"
+        ]
         lines += [f"  {s.name:<{width}}  {s.bits} bits  {s.grid}, per {s.granularity}" for s in self.sites]
         lines += [f"  {x.name:<{width}}  float: {x.reason}" for x in self.leftovers]
         return "\n".join(lines)
@@ -97,7 +100,9 @@ def prepare(
     """
     target = get_target(target)
     if sites(model):
-        raise SiteError("this model is prepared already", remedy="Prepare a fresh float model, or commit another plan")
+        raise SiteError(
+            "this model is prepared already", remedy="Prepare a fresh float model, or commit another plan"
+        )
     operands = list(_operands(model))
     if not operands:
         raise SiteError(
@@ -121,14 +126,14 @@ def prepare(
             if kind == "weight":
                 made[id(layer.weight)] = quantizer
         setattr(layer, f"{operand}_quantizer", quantizer)
-    for layer_name, layer, operand in operands:
+    for _, layer, operand in operands:
         if operand == "weight" and layer.weight_quantizer is not None:
             layer.weight_quantizer.calibrate(*observe_weight(layer.weight_quantizer, layer.weight))
     model.bitsmith_target = target.name  # type: ignore[assignment]
     return coverage(model)
 
 
-def _operands(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+def _operands(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
     """(layer name, layer, operand) of every operand that can be a site. Subclasses are left alone: their
     forward may not use the weight as their parent does (nn.MultiheadAttention's out_proj is one)."""
     for name, module in model.named_modules():
@@ -142,7 +147,7 @@ def _swap(layer: nn.Module) -> None:
 
 
 def _schemes(
-    operands: list[tuple[str, nn.Module, str]],
+    operands: list[tuple[str, Any, str]],
     weights: Scheme | None,
     activations: Scheme | None,
     overrides: Mapping[str, Mapping[str, Any]],
@@ -174,7 +179,7 @@ def _schemes(
     return schemes
 
 
-def _quantizer(name: str, kind: str, scheme: Scheme, layer: nn.Module, target: Target) -> Quantizer:
+def _quantizer(name: str, kind: str, scheme: Scheme, layer: Any, target: Target) -> Quantizer:
     """The quantizer of one operand, its number of scales and their shape."""
     if kind == "activation":
         if scheme.granularity == "channel":
@@ -182,15 +187,29 @@ def _quantizer(name: str, kind: str, scheme: Scheme, layer: nn.Module, target: T
                 return Quantizer(name, kind, scheme, channels=layer.in_features, view=(-1,), axis=-1)
             if hasattr(layer, "in_channels"):
                 ones = (1,) * (layer.weight.ndim - 2)
-                return Quantizer(name, kind, scheme, channels=int(layer.in_channels), view=(-1, *ones), axis=1)
-            raise SchemeError("a MatMul operand has no channels", where=f"{name}.granularity", got="channel", expected="tensor or token")
+                return Quantizer(
+                    name, kind, scheme, channels=int(layer.in_channels), view=(-1, *ones), axis=1
+                )
+            raise SchemeError(
+                "a MatMul operand has no channels",
+                where=f"{name}.granularity",
+                got="channel",
+                expected="tensor or token",
+            )
         if scheme.granularity == "group":
             if scheme.range != "dynamic":
-                raise SchemeError("groups of activations have dynamic ranges only", where=f"{name}.range", got=scheme.range, expected="dynamic")
+                raise SchemeError(
+                    "groups of activations have dynamic ranges only",
+                    where=f"{name}.range",
+                    got=scheme.range,
+                    expected="dynamic",
+                )
             return Quantizer(name, kind, scheme)
         return Quantizer(name, kind, scheme)
     weight: torch.Tensor = layer.weight
-    seq = "seq" in target.weight_grids and not (target.name == "onnxruntime" and scheme.granularity == "group")
+    seq = "seq" in target.weight_grids and not (
+        target.name == "onnxruntime" and scheme.granularity == "group"
+    )
     if scheme.granularity == "channel":
         view: tuple[int, ...] = (-1, *(1,) * (weight.ndim - 1))
         return Quantizer(name, kind, scheme, channels=weight.shape[0], view=view, seq_allowed=seq)
@@ -204,7 +223,9 @@ def _quantizer(name: str, kind: str, scheme: Scheme, layer: nn.Module, target: T
                 remedy=f"Choose group_size {_divisors(length)}, or granularity: channel",
             )
         groups = group_count(length, scheme.group_size)
-        return Quantizer(name, kind, scheme, channels=weight.shape[0] * groups, view=(-1, groups, 1), seq_allowed=seq)
+        return Quantizer(
+            name, kind, scheme, channels=weight.shape[0] * groups, view=(-1, groups, 1), seq_allowed=seq
+        )
     return Quantizer(name, kind, scheme, seq_allowed=seq)
 
 
@@ -232,7 +253,12 @@ def coverage(model: nn.Module) -> Coverage:
                 done.add(id(layer.weight))
             covered.append(
                 CoveredSite(
-                    name, quantizer.kind, int(quantizer.bits.expected()), quantizer.grid_name(), quantizer.scheme.granularity, elements
+                    name,
+                    quantizer.kind,
+                    int(quantizer.bits.expected()),
+                    quantizer.grid_name(),
+                    quantizer.scheme.granularity,
+                    elements,
                 )
             )
     total = sum(s.elements for s in covered)
@@ -284,7 +310,12 @@ def parameter_groups(
             groups["weights"].append(parameter)
     settings = {"weights": (1.0, weight_decay), "others": (1.0, 0.0), "ranges": (range_factor, 0.0)}
     return [
-        {"params": parameters, "lr": learning_rate * settings[name][0], "weight_decay": settings[name][1], "name": name}
+        {
+            "params": parameters,
+            "lr": learning_rate * settings[name][0],
+            "weight_decay": settings[name][1],
+            "name": name,
+        }
         for name, parameters in groups.items()
         if parameters
     ]

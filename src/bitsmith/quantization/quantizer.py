@@ -23,7 +23,7 @@ from bitsmith.errors import SiteError
 from bitsmith.numerics import affine, blocks
 from bitsmith.numerics.calibrate import calibrate as calibrate_values
 from bitsmith.numerics.grid import bounds
-from bitsmith.quantization.bits import FixedBits
+from bitsmith.quantization.bits import BitWidth, FixedBits
 from bitsmith.quantization.scheme import Scheme
 
 
@@ -48,6 +48,7 @@ class Quantizer(nn.Module):
     tensor, or against its groups. axis: the channel axis of the tensor. K rows, one per candidate width.
     """
 
+    bits: BitWidth
     range: nn.Parameter
     zero_shift: nn.Parameter | None
     base_scale: Tensor
@@ -72,14 +73,20 @@ class Quantizer(nn.Module):
         self.name, self.kind, self.scheme, self.view, self.axis = name, kind, scheme, view, axis
         self.seq_allowed = seq_allowed and kind == "weight"
         self.bits = FixedBits(scheme.bits)
-        self.range = nn.Parameter(torch.zeros(1, channels), requires_grad=scheme.range in ("lsq", "lsq+", "pact"))
+        self.range = nn.Parameter(
+            torch.zeros(1, channels), requires_grad=scheme.range in ("lsq", "lsq+", "pact")
+        )
         self.zero_shift = nn.Parameter(torch.zeros(1, channels)) if scheme.range == "lsq+" else None
         for buffer in ("base_scale", "zero_point", "low", "high"):
             self.register_buffer(buffer, torch.zeros(1, channels))
-        halves = scheme.grid == "seq" or (scheme.grid == "auto" and self.seq_allowed) or scheme.range == "dorefa"
+        halves = (
+            scheme.grid == "seq" or (scheme.grid == "auto" and self.seq_allowed) or scheme.range == "dorefa"
+        )
         self.register_buffer("half_step", torch.zeros(1, 1) if halves else None)
         # Element noise is a hash of this seed and the index; `redraw` moves it between steps.
-        self.register_buffer("seed", torch.zeros(1, dtype=torch.int64) if scheme.estimator == "stochastic" else None)
+        self.register_buffer(
+            "seed", torch.zeros(1, dtype=torch.int64) if scheme.estimator == "stochastic" else None
+        )
         self._set_bounds(0, self.grid_at(scheme.bits), scheme.bits)
 
     def extra_repr(self) -> str:
@@ -101,13 +108,15 @@ class Quantizer(nn.Module):
         elif rows.numel() == 1:
             y = _Chosen.apply(self._at(v, rows), v, share)
         else:
-            y = sum(share[i] * self._at(v, rows[i : i + 1]) for i in range(rows.numel()))
+            y = sum(share[i] * self._at(v, rows[i : i + 1]) for i in range(rows.numel()))  # type: ignore[assignment]
         return y if scheme.group_size is None else blocks.from_groups(y, x, self.kind == "weight")
 
     def _at(self, v: Tensor, row: Tensor) -> Tensor:
         """v at the width of one row, given as a (1,) index."""
-        low, high, half, shift, scheme = self.low, self.high, self.half_step, self.zero_shift, self.scheme
-        base_scale, exponent = self.base_scale, self.range
+        low, high, half, scheme = self.low, self.high, self.half_step, self.scheme
+        shift: Tensor | None = self.zero_shift
+        base_scale: Tensor = self.base_scale
+        exponent: Tensor = self.range
         if low.shape[0] > 1:  # a row is data, so that one compiled graph serves every width
             low, high = low.index_select(0, row), high.index_select(0, row)
             base_scale, exponent = base_scale.index_select(0, row), exponent.index_select(0, row)
@@ -116,7 +125,11 @@ class Quantizer(nn.Module):
         if scheme.range == "dynamic" or (scheme.range == "dorefa" and self.kind == "weight"):
             scale, low, high = self._dynamic(v, low, high, half)
         else:
-            scale, low, high = (base_scale * torch.exp2(exponent)).view(self.view), low.view(self.view), high.view(self.view)
+            scale, low, high = (
+                (base_scale * torch.exp2(exponent)).view(self.view),
+                low.view(self.view),
+                high.view(self.view),
+            )
         return affine.fake_quantize(
             v,
             scale,
@@ -130,7 +143,9 @@ class Quantizer(nn.Module):
             seed=self.seed if self.training else None,
         )
 
-    def _dynamic(self, v: Tensor, low: Tensor, high: Tensor, half: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _dynamic(
+        self, v: Tensor, low: Tensor, high: Tensor, half: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(scale, low, high) by min-max of v itself, over the values that share a scale."""
         if self.scheme.granularity in ("token", "group"):
             axes = [v.ndim - 1]
@@ -146,7 +161,7 @@ class Quantizer(nn.Module):
     # ---- what is stored
 
     def levels(self) -> Levels:
-        """The row in play, detached. Dynamic sites have no stored scale: theirs is that of the calibration."""
+        """The row in play, detached. The scale of a dynamic site, which stores none, is its calibration's."""
         row = int(self.bits.rows[0])
         scale = (self.base_scale[row] * torch.exp2(self.range[row])).detach().view(self.view)
         zero_point = self.zero_point[row].clone()
@@ -159,13 +174,15 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
-        """Stored codes of x at the row in play, int16, in the shape of x's blocks ((rows, groups, size) for groups)."""
+        """Stored codes of x at the row in play, int16, in the shape of x's blocks (with groups: by group)."""
         scheme = self.scheme
         if scheme.range == "dorefa" and self.kind == "weight":
             x = dorefa(x)
         v = x if scheme.group_size is None else blocks.to_groups(x, scheme.group_size, self.kind == "weight")
         at = self.levels()
-        return affine.quantize(v, self.stored_scale(x), at.low, at.high, at.half, at.zero_point).to(torch.int16)
+        return affine.quantize(v, self.stored_scale(x), at.low, at.high, at.half, at.zero_point).to(
+            torch.int16
+        )
 
     @torch.no_grad()
     def stored_scale(self, x: Tensor) -> Tensor:

@@ -45,9 +45,16 @@ class Scheme:
     estimator: Estimator = "clipped"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bits, int) or isinstance(self.bits, bool) or self.bits not in (*range(1, 9), FLOAT):
+        if (
+            not isinstance(self.bits, int)
+            or isinstance(self.bits, bool)
+            or self.bits not in (*range(1, 9), FLOAT)
+        ):
             raise SchemeError(
-                "no such bit-width", where="bits", got=self.bits, expected="1 to 8, or 32 to leave the site in float"
+                "no such bit-width",
+                where="bits",
+                got=self.bits,
+                expected="1 to 8, or 32 to leave the site in float",
             )
         for name, choices in CHOICES.items():
             value = getattr(self, name)
@@ -63,7 +70,10 @@ class Scheme:
         if self.granularity == "group":
             if not isinstance(self.group_size, int) or self.group_size < 1:
                 raise SchemeError(
-                    "granularity group needs a size", where="group_size", got=self.group_size, expected="a positive integer"
+                    "granularity group needs a size",
+                    where="group_size",
+                    got=self.group_size,
+                    expected="a positive integer",
                 )
         elif self.group_size is not None:
             raise SchemeError(
@@ -81,11 +91,17 @@ class Scheme:
             )
         if self.grid == "symmetric" and self.bits == 1:
             raise SchemeError(
-                "a symmetric grid of one bit is {-1, 0}", where="grid", got="symmetric", expected="seq or auto at 1 bit"
+                "a symmetric grid of one bit is {-1, 0}",
+                where="grid",
+                got="symmetric",
+                expected="seq or auto at 1 bit",
             )
         if self.grid == "balanced" and self.bits == 1:
             raise SchemeError(
-                "a balanced grid of one bit holds only 0", where="grid", got="balanced", expected="seq or auto at 1 bit"
+                "a balanced grid of one bit holds only 0",
+                where="grid",
+                got="balanced",
+                expected="seq or auto at 1 bit",
             )
 
     @property

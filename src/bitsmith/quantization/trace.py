@@ -23,7 +23,7 @@ from bitsmith.quantization.quantizer import sites
 
 @dataclass
 class LayerTrace:
-    """One quantized layer in one forward of one sample. macs: multiply-accumulates; operands: site -> elements."""
+    """A quantized layer in a forward of one sample. macs: multiply-accumulates; operands: site -> size."""
 
     name: str
     kind: str
@@ -34,7 +34,7 @@ class LayerTrace:
 
 @dataclass
 class Trace:
-    """What one forward showed, per sample. folds: layer name -> name of the BatchNorm that alone reads its output."""
+    """What one forward showed, per sample. folds: layer -> the BatchNorm that alone reads its output."""
 
     layers: dict[str, LayerTrace]
     folds: dict[str, str]
@@ -43,7 +43,10 @@ class Trace:
 
 @torch.no_grad()
 def trace(model: nn.Module, example: Any) -> Trace:
-    """Run ``model`` on ``example`` (a batch, or a tuple of arguments) in eval mode. Raises SiteError for a site that is never called."""
+    """Run ``model`` on ``example`` (a batch, or a tuple of arguments) in eval mode.
+
+    Raises SiteError for a site that is never called.
+    """
     arguments = example if isinstance(example, tuple) else (example,)
     samples = arguments[0].shape[0]
     names = {id(m): n for n, m in model.named_modules()}
@@ -91,7 +94,7 @@ def trace(model: nn.Module, example: Any) -> Trace:
         raise SiteError(
             "the quantizer of this site was never called",
             where=dead[0],
-            remedy="The model does not use this layer's forward: set its bits to 32 in overrides, or remove it",
+            remedy="The model bypasses this layer: set its bits to 32 in overrides, or remove it",
         )
     for entry in layers.values():
         entry.macs //= samples
@@ -133,7 +136,7 @@ def _macs(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> int:
         return output.numel() * inputs[0].shape[-1]
     if isinstance(layer, QuantLinear):
         return output.numel() * layer.in_features
-    return output.numel() * layer.weight[0].numel()  # type: ignore[index, operator]
+    return output.numel() * layer.weight[0].numel()  # type: ignore[index]
 
 
 def _operands(layer: nn.Module, inputs: tuple[Tensor, ...]) -> list[tuple[str, int]]:
