@@ -52,14 +52,14 @@ def build_run(
     layers = CNN if layers is None else layers
     layers = [(n, k, m, w, max(wb - narrower, 1) if wb < 8 else wb, ab) for n, k, m, w, wb, ab in layers]
     before, rounded, after = accuracy
-    costs = [
+    costs: list[dict[str, Any]] = [
         {"name": name, "kind": kind, "macs": macs, "weight_bits": wb, "activation_bits": ab,
          "weight_elements": weights, "weight_bytes": weights * wb / 8 + 40 * (weights > 0),
          "bops": macs * wb * ab}
         for name, kind, macs, weights, wb, ab in layers
     ]  # fmt: skip
     weights = sum(layer[3] for layer in layers)
-    cost = {
+    cost: dict[str, Any] = {
         "bops": sum(entry["bops"] for entry in costs),
         "bops_float": 1024 * sum(layer[2] for layer in layers),
         "weight_bytes": round(sum(entry["weight_bytes"] for entry in costs)),
@@ -208,22 +208,22 @@ def write_predictions(
     pictures, labels = images or (generator.random((360, 1, 8, 8)), generator.integers(0, len(classes), 360))
     count = len(labels)
     order = generator.permutation(count)
-    answers = {}
+    answers: dict[str, Any] = {}
     for name, right in (("float", accuracy[0]), ("quantized", accuracy[2])):
         answer = labels.copy()
         wrong = order[: round(count * (1 - right))]
         answer[wrong] = (labels[wrong] + generator.choice([1, 3, 7], len(wrong))) % len(classes)
         answers[name] = answer
     rows = np.flatnonzero((answers["quantized"] != labels) | (answers["float"] != labels))[:24]
-    np.savez(
-        directory / "predictions.npz",
-        labels=labels,
+    arrays: dict[str, Any] = {
+        "labels": labels,
         **answers,
-        exported=answers["quantized"],
-        images=pictures[rows].astype(np.float32),
-        image_rows=rows,
-        classes=np.array(classes),
-    )
+        "exported": answers["quantized"],
+        "images": pictures[rows].astype(np.float32),
+        "image_rows": rows,
+        "classes": np.array(classes),
+    }
+    np.savez(directory / "predictions.npz", **arrays)
 
 
 def write(path: Path, value: Any) -> None:

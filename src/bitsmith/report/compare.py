@@ -129,7 +129,7 @@ def _table(runs: Sequence[Run], names: Sequence[str]) -> str:
         }
         rows.append(
             [
-                f"<small>{index + 1}</small> {page.name(name)}",
+                f"<small>{index + 1}</small> {page.text(name)}",
                 words.percent(before, digits),
                 words.percent(run.accuracy("post_training"), digits),
                 f"<b>{words.percent(after, digits)}</b>",
@@ -144,7 +144,7 @@ def _table(runs: Sequence[Run], names: Sequence[str]) -> str:
             ]
         )
     columns = [
-        "Run", "Float", "Post-training", "Quantized", "Points", "Exported", "Under shift", "Weights",
+        "Run", "Float", "Post-training", "Quantized", "Against float", "Exported", "Under shift", "Weights",
         "Smaller", "Bit operations", "Mean bits W / A", "Verified",
     ]  # fmt: skip
     return page.card("Runs", page.table(columns, rows, "Runs side by side", numbers=range(1, 12)), wide=True)
@@ -157,7 +157,7 @@ def _layers(runs: Sequence[Run], names: Sequence[str]) -> str:
     if len(runs) < 2 or not order or not any(sum(name in table for table in tables) > 1 for name in order):
         return ""
     rows = [
-        [page.name(name)]
+        [page.text(name)]
         + [
             f"{words.bits(table[name].weight_bits)} / {words.bits(table[name].activation_bits)}"
             if name in table

@@ -36,10 +36,9 @@ def render(run: Run) -> str:
             (outcome.layers(run),),
             (behaviour.traces(run),),
             (behaviour.confusion(run), behaviour.misread(run)),
-            (behaviour.shifts(run), record.certificate(run)),
+            (page.stack((behaviour.shifts(run), record.timings(run))), record.certificate(run)),
             (record.coverage(run),),
-            (record.timings(run), record.environment(run)),
-            (record.recipe(run),),
+            (record.environment(run), record.recipe(run)),
         )
     )
     footer = (

@@ -48,11 +48,18 @@ def grid(cards: Iterable[str]) -> str:
     """Cards two in a row; a single one takes the whole row."""
     shown = [one for one in cards if one]
     if len(shown) == 1:
-        shown = [shown[0].replace('class="card"', 'class="card wide"', 1)]
+        return f'<div class="grid single">{shown[0]}</div>'
     return f'<div class="grid">{"".join(shown)}</div>' if shown else ""
 
 
+def stack(cards: Iterable[str]) -> str:
+    """Cards below each other, as one cell of a grid."""
+    body = "".join(cards)
+    return f'<div class="stack">{body}</div>' if body else ""
+
+
 def tile(what: str, value: str, more: str, state: str = "") -> str:
+    """A key figure; `state` is "good", "bad" or neither."""
     return (
         f'<div class="tile {state}"><div class="what">{text(what)}</div>'
         f'<div class="value">{text(value)}</div><div class="more">{text(more)}</div></div>'
@@ -88,11 +95,13 @@ def table(
 
 
 def facts(entries: Iterable[tuple[str, str]]) -> str:
+    """Keys and values below each other."""
     items = "".join(f"<dt>{text(key)}</dt><dd>{text(value)}</dd>" for key, value in entries)
     return f"<dl>{items}</dl>" if items else ""
 
 
 def folded(summary: str, body: str, opened: bool = False) -> str:
+    """A part that opens and closes by its summary; empty where there is no body."""
     return (
         f"<details{' open' if opened else ''}><summary>{text(summary)}</summary>{body}</details>"
         if body

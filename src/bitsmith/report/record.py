@@ -5,7 +5,7 @@ See outcome.py for what lives where. Long tables are folded away, but nothing is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitsmith.report import page, svg, words
@@ -29,7 +29,7 @@ def certificate(run: Run) -> str:
             items.append(f'<li class="{kind}">{page.text(what)}{detail}</li>')
         parts.append(f'<ul class="checks">{"".join(items)}</ul>{page.note(" ".join(entry.remarks))}')
         if entry.layers:
-            rows = [[page.name(layer), f"{error:.2g}"] for layer, error in entry.layers]
+            rows = [[page.text(layer), f"{error:.2g}"] for layer, error in entry.layers]
             largest = f"{entry.layers[0][1]:.2g} of its standard deviation"
             label = f"Output error of {len(rows)} layers: at most {largest}"
             parts.append(page.folded(label, page.table(["Layer", "Output error"], rows, label, numbers=(1,))))
@@ -46,7 +46,7 @@ def coverage(run: Run) -> str:
     sites = _site_rows(run)
     columns = ["site", *(key for key in SITE_COLUMNS if any(site.get(key) is not None for site in sites))]
     rows = [
-        [page.name(site.get("name", "?")), *(_cell(site.get(key)) for key in columns[1:])] for site in sites
+        [page.text(site.get("name", "?")), *(_cell(site.get(key)) for key in columns[1:])] for site in sites
     ]
     numbers = [index for index, key in enumerate(columns) if key in ("bits", "group_size", "elements")]
     heads = [key.replace("_", " ").capitalize() for key in columns]
@@ -54,24 +54,32 @@ def coverage(run: Run) -> str:
     if rows:
         inner = page.table(heads, rows, "Quantized sites", numbers)
         parts.append(page.folded(f"{len(rows)} quantized sites", inner, opened=len(rows) <= 16))
-    leftovers = run.coverage.get("leftovers") or run.coverage.get("floats") or []
+    leftovers = run.coverage.get("leftovers") or []
     if leftovers:
-        rows = [
-            [
-                page.name(entry.get("name", "?")),
-                page.text(entry.get("reason", "")),
-                _cell(entry.get("elements")),
-            ]
-            for entry in leftovers
-        ]
-        inner = page.table(["Tensor", "Why", "Elements"], rows, "Tensors in float", numbers=(2,))
-        parts.append(page.folded(f"{len(rows)} tensors stay in float", inner, opened=len(rows) <= 16))
+        groups = "".join(
+            f"<li>{page.text(reason)}<small>{_sum(entries)} elements</small>"
+            f"{page.note(', '.join(str(entry.get('name', '?')) for entry in entries))}</li>"
+            for reason, entries in _by_reason(leftovers).items()
+        )
+        inner = f'<ul class="checks leftovers">{groups}</ul>'
+        parts.append(page.folded(f"{len(leftovers)} tensors stay in float", inner, opened=True))
     return page.card(
         "Coverage",
         "".join(parts),
         remark="Nothing is skipped in silence: a tensor is quantized or listed.",
         wide=True,
     )
+
+
+def _by_reason(leftovers: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for entry in leftovers:
+        groups.setdefault(str(entry.get("reason", "")), []).append(entry)
+    return groups
+
+
+def _sum(entries: Sequence[Mapping[str, Any]]) -> str:
+    return _cell(sum(entry["elements"] for entry in entries if isinstance(entry.get("elements"), int)))
 
 
 def _site_rows(run: Run) -> list[dict[str, Any]]:
@@ -141,5 +149,6 @@ def recipe(run: Run) -> str:
     """The resolved recipe, verbatim."""
     if not run.recipe:
         return ""
-    body = page.folded("recipe.yaml, resolved", f'<pre tabindex="0">{page.text(run.recipe)}</pre>')
-    return page.card("Recipe", body, wide=True)
+    return page.card(
+        "Recipe", f'<pre tabindex="0">{page.text(run.recipe)}</pre>', remark="As resolved: recipe.yaml."
+    )

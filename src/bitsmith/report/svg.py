@@ -232,7 +232,8 @@ def scatter(
     for (px, py), (_, mark) in zip(spots, marks, strict=True):
         together.setdefault((round(px), round(py)), []).append(mark.text)
     for (column, line), texts in together.items():
-        style, shift = ("figure small end", -10) if column > 88 else ("figure small", 10)
+        # above and to the left of a point the staircase never passes
+        style, shift = ("figure small", 9) if column < 8 else ("figure small end", -9)
         body.append(_text(f"{column}%", f"{line}%", ", ".join(texts), style, dx=shift, dy=-8))
     return _svg(height, "".join(body), label, "room-scatter")
 

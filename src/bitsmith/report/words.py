@@ -79,6 +79,7 @@ def bits(value: float | None) -> str:
 
 
 def seconds(value: float | None) -> str:
+    """A duration: 0.41 -> "410 ms", 29.4 -> "29.4 s", 754 -> "12 min 34 s"."""
     if value is None:
         return DASH
     if value < 1:
