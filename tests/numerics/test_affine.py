@@ -363,6 +363,23 @@ def test_differentiable_backward_gives_the_gradients_of_the_plain_one(estimator:
     assert leaves[1].grad.isfinite().all()
 
 
+@pytest.mark.parametrize(("grid", "bits"), GRIDS_AND_BITS)
+def test_second_derivatives_are_those_of_the_plain_twin(grid: str, bits: int) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    low, high, half = level_tensors(grid, bits, torch.float64)
+    x = (high + 1) * torch.randn(3, 40, dtype=torch.float64, generator=generator)
+    scale = 0.5 + torch.rand(3, 1, dtype=torch.float64, generator=generator)
+    results = []
+    for function in (twin, fake_quantize):
+        leaves = [t.clone().requires_grad_() for t in (x, scale)]
+        d_x, d_scale = torch.autograd.grad(
+            function(*leaves, low, high, half).pow(3).sum(), leaves, create_graph=True
+        )
+        results.append(torch.autograd.grad((d_x * x.cos()).sum() + d_scale.sin().sum(), leaves))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_inputs_are_left_untouched() -> None:
     x, s, g = torch.randn(40, requires_grad=True), torch.tensor([0.3], requires_grad=True), torch.randn(40)
     before = [t.detach().clone() for t in (x, s, g)]

@@ -107,6 +107,8 @@ class _FakeQuantize(torch.autograd.Function):
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             inside = ((q - u).abs() <= reach).to(g.dtype)
             gm = g * inside
+            if not torch.compiler.is_compiling():  # second derivatives: straight-through here, too
+                q = torch.where(inside > 0, u + (q - u).detach(), q)
         else:
             gm = torch.sub(q, u).abs_().le_(reach).mul_(g)
 
