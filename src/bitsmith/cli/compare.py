@@ -9,12 +9,10 @@ import typer
 
 from bitsmith.cli.show import output, print_json
 
-EXAMPLES = """
-[bold]Examples[/bold]
-
-bitsmith compare runs/digits runs/digits-2\n
-bitsmith compare runs/* --out compare.html
-"""
+EXAMPLES = (
+    ("bitsmith compare runs/digits runs/digits-2", "in the terminal"),
+    ("bitsmith compare runs/* --out compare.html", "with plots"),
+)
 
 
 def command(

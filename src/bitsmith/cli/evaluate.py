@@ -9,13 +9,11 @@ import typer
 
 from bitsmith.cli.show import output, print_json, table
 
-EXAMPLES = """
-[bold]Examples[/bold]
-
-bitsmith evaluate runs/digits\n
-bitsmith evaluate runs/digits --shift all\n
-bitsmith evaluate runs/digits --data npz:mine.npz --json
-"""
+EXAMPLES = (
+    ("bitsmith evaluate runs/digits", "on the test images of the run"),
+    ("bitsmith evaluate runs/digits --shift all", "under noise, blur, contrast, rotation and translation"),
+    ("bitsmith evaluate runs/digits --data npz:mine.npz", "on your own images"),
+)
 
 
 def command(

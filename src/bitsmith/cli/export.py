@@ -9,12 +9,10 @@ import typer
 
 from bitsmith.cli.show import output, print_json, table
 
-EXAMPLES = """
-[bold]Examples[/bold]
-
-bitsmith export runs/digits --to onnx\n
-bitsmith export runs/digits --to native,onnx --json
-"""
+EXAMPLES = (
+    ("bitsmith export runs/digits --to onnx", "for ONNX Runtime"),
+    ("bitsmith export runs/digits --to native,onnx --json", "both formats; the certificate as JSON"),
+)
 
 
 def command(

@@ -8,22 +8,20 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from bitsmith.cli.show import output, print_json, table
+from bitsmith.cli.show import facts, output, print_json, table
 
-EXAMPLES = """
-[bold]Examples[/bold]
-
-bitsmith inspect runs/digits                  bits, bytes and BOPs per layer; what stays in float, and why\n
-bitsmith inspect runs/digits/model --json     the exported model itself\n
-bitsmith inspect --system                     versions, threads and instruction sets
-"""
+EXAMPLES = (
+    ("bitsmith inspect runs/digits", "bits, bytes and BOPs per layer; what stays in float, and why"),
+    ("bitsmith inspect runs/digits/model --json", "the exported model itself, for a program"),
+    ("bitsmith inspect --system", "versions, threads and instruction sets"),
+)
 
 
 def command(
     model: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[MODEL_OR_RUN]", help="A run directory or an exported native model.", show_default=False
+            metavar="MODEL_OR_RUN", help="A run directory or an exported native model.", show_default=False
         ),
     ] = None,
     system: Annotated[
@@ -53,7 +51,7 @@ def command(
     if model is not None:
         _show(console, found)
     if system:
-        console.print(table("System", ("", "value"), found["system"].items()))
+        console.print(facts("System", found["system"]))
 
 
 def _show(console: Console, found: dict[str, Any]) -> None:
@@ -75,7 +73,17 @@ def _show(console: Console, found: dict[str, Any]) -> None:
         console.print(table("Layers", ("layer", "kind", "bits", "MACs", "weights", "BOPs"), rows))
     show_leftovers(console, found.get("leftovers") or [])
     if totals := found.get("totals"):
-        console.print(table("Totals", ("", "value"), totals.items()))
+        console.print(facts("Totals", {name: _figure(name, value) for name, value in totals.items()}))
+
+
+def _figure(name: str, value: float) -> str:
+    from bitsmith.report.words import count, percent, size
+
+    if "bytes" in name:
+        return size(value)
+    if "bits" in name:
+        return f"{value:.2f}"
+    return percent(value) if "share" in name else count(value)
 
 
 def show_sites(console: Console, sites: list[dict[str, Any]]) -> None:

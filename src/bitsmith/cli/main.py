@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -25,11 +26,27 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-app.command("run", epilog=run.EXAMPLES)(run.command)
-app.command("inspect", epilog=inspect.EXAMPLES)(inspect.command)
-app.command("evaluate", epilog=evaluate.EXAMPLES)(evaluate.command)
-app.command("export", epilog=export.EXAMPLES)(export.command)
-app.command("compare", epilog=compare.EXAMPLES)(compare.command)
+
+
+def _add(name: str, command: ModuleType) -> None:
+    """A command's file offers `command`, whose docstring is its help, and EXAMPLES: (line, what for)."""
+    lines = ("[bold]Examples[/bold]", *(f"[dim]# {why}[/dim]\n{line}" for line, why in command.EXAMPLES))
+    app.command(name, help=_paragraphs(command.command.__doc__), epilog="\n\n".join(lines))(command.command)
+
+
+def _paragraphs(text: str | None) -> str:
+    """``text`` with one line a paragraph: typer keeps the line breaks of a docstring."""
+    return "\n\n".join(" ".join(part.split()) for part in (text or "").split("\n\n"))
+
+
+for _name, _command in {
+    "run": run,
+    "inspect": inspect,
+    "evaluate": evaluate,
+    "export": export,
+    "compare": compare,
+}.items():
+    _add(_name, _command)
 
 
 def _version(wanted: bool) -> None:
@@ -40,24 +57,26 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+ABOUT = """From a float PyTorch model to a verified low-bit one.
+
+[bold]bitsmith run[/bold] does the whole job on handwritten digits, with nothing to prepare: it trains a float
+model and a low-bit one, exports it, runs the exported file in ONNX Runtime, and writes a report."""
+
+
+@app.callback(help=_paragraphs(ABOUT))
 def about(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """From a float PyTorch model to a verified low-bit one.
-
-    [bold]bitsmith run[/bold] does the whole job on handwritten digits, with nothing to prepare: it trains a
-    float model and a low-bit one, exports it, runs the exported file in ONNX Runtime, and writes a report.
-    """
+    """Options of the command itself; its help is ABOUT."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. ``arguments`` defaults to the process's own."""
     debug = os.environ.get("BITSMITH_DEBUG", "") not in ("", "0")
     try:
-        return int(app(arguments, standalone_mode=False) or 0)
+        return int(app(arguments, prog_name="bitsmith", standalone_mode=False) or 0)
     except BitsmithError as error:
         if debug:
             raise

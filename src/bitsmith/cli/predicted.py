@@ -7,7 +7,7 @@ from typing import Any
 from rich.text import Text
 
 from bitsmith.cli.inspect import show_leftovers, show_sites
-from bitsmith.cli.show import output, table
+from bitsmith.cli.show import facts, output
 from bitsmith.report.words import count, factor, seconds, size
 
 
@@ -23,26 +23,18 @@ def show_prediction(found: dict[str, Any]) -> None:
     )
     show_sites(console, found["sites"])
     show_leftovers(console, found["leftovers"])
-    rows = [
-        ("quantized", f"{found['quantized_share']:.1%} of {found['parameters']:,} parameters"),
-        ("weights", _less(size, cost["weight_bytes"], cost["weight_bytes_float"])),
-        ("bit operations", _less(count, cost["bops"], cost["bops_float"])),
-        (
-            "average bits",
-            f"{cost['average_weight_bits']:.2f} weights, {cost['average_activation_bits']:.2f} activations",
-        ),
-        ("float training", f"{seconds(time['float'])} for {steps['float']} steps"),
-        ("quantized training", f"{seconds(time['qat'])} for {steps['qat']} steps"),
-        ("memory", size(found["peak_memory_bytes"])),
-    ]
-    console.print(
-        table(
-            "Prediction",
-            ("", "value"),
-            rows,
-            caption="Time was measured on a few steps; export and report come on top.",
-        )
-    )
+    rows = {
+        "quantized": f"{found['quantized_share']:.1%} of {found['parameters']:,} parameters",
+        "weights": _less(size, cost["weight_bytes"], cost["weight_bytes_float"]),
+        "bit operations": _less(count, cost["bops"], cost["bops_float"]),
+        "average weight bits": f"{cost['average_weight_bits']:.2f}",
+        "average activation bits": f"{cost['average_activation_bits']:.2f}",
+        "float training": f"{seconds(time['float'])} for {steps['float']} steps",
+        "quantized training": f"{seconds(time['qat'])} for {steps['qat']} steps",
+        "memory": size(found["peak_memory_bytes"]),
+    }
+    console.print(facts("Prediction", rows))
+    console.print(Text("Times were measured on a few steps; export and report come on top.", style="dim"))
 
 
 def _less(words: Any, now: float, before: float) -> str:

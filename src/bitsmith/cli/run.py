@@ -9,22 +9,20 @@ import typer
 
 from bitsmith.cli.show import Display, output, print_json
 
-EXAMPLES = """
-[bold]Examples[/bold]
-
-bitsmith run                                               handwritten digits, in under a minute\n
-bitsmith run recipes/weight_only.yaml --out runs/w2\n
-bitsmith run --set quantize.weights.bits=2 --set train.epochs=40\n
-bitsmith run recipes/digits_vit.yaml --dry-run             sites, cost, memory and time; trains nothing\n
-bitsmith run --resume --out runs/w2                        go on where an interrupted run stopped
-"""
+EXAMPLES = (
+    ("bitsmith run", "handwritten digits, in under a minute"),
+    ("bitsmith run recipes/weight_only.yaml --out runs/w2", "two-bit weights"),
+    ("bitsmith run --set quantize.weights.bits=2 --set train.epochs=40", "the same job with other values"),
+    ("bitsmith run recipes/digits_vit.yaml --dry-run", "sites, cost, memory and time; nothing is trained"),
+    ("bitsmith run --resume --out runs/w2", "go on where an interrupted run stopped"),
+)
 
 
 def command(
     recipe: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[RECIPE.yaml]",
+            metavar="RECIPE.yaml",
             help="What to do; without it, the handwritten digits.",
             show_default=False,
         ),
@@ -65,13 +63,16 @@ def command(
     """
     from bitsmith.recipe.directory import latest_directory, new_directory
     from bitsmith.recipe.load import load_recipe
+    from bitsmith.recipe.reopen import refuse_code
 
     name = recipe.stem if recipe is not None else "digits"
     if resume and out is None:
         out = latest_directory(name)
     if resume and recipe is None and out is not None and (out / "recipe.yaml").exists():
-        recipe = out / "recipe.yaml"
-    resolved = load_recipe(recipe, set_ or [])
+        resolved = load_recipe(out / "recipe.yaml", set_ or [])
+        refuse_code(out, resolved, f"bitsmith run RECIPE.yaml --resume --out {out}")
+    else:
+        resolved = load_recipe(recipe, set_ or [])
     if dry_run:
         from bitsmith.cli.predicted import show_prediction
         from bitsmith.recipe.predict import predict

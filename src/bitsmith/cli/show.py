@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -39,6 +39,13 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, 
         made.add_column(column, justify="left" if index == 0 else "right", no_wrap=index > 0, overflow="fold")
     for row in rows:
         made.add_row(*(str(cell) for cell in row))
+    return made
+
+
+def facts(title: str, values: Mapping[str, Any]) -> Table:
+    """Names and values, both to the left."""
+    made = table(title, ("", ""), values.items())
+    made.show_header, made.columns[1].justify = False, "left"
     return made
 
 

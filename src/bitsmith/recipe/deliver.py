@@ -63,7 +63,12 @@ def deliver(
         for name, entry in sorted(certificate["exports"].items(), key=lambda item: item[0] == "native")
     }
     export_seconds = time.perf_counter() - started
-    tell(Event("export", values={f"{name} accuracy": e["accuracy"] for name, e in exported.items() if e}))
+    tell(
+        Event(
+            "export",
+            values={f"{name} accuracy": e["accuracy"] for name, e in exported.items() if "accuracy" in e},
+        )
+    )
 
     started = time.perf_counter()
     logits = {"float": predict(float_model, data.test_x), "quantized": predict(packed, data.test_x)}

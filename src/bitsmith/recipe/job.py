@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitsmith.errors import SiteError
 from bitsmith.files import read_json, write_json
 from bitsmith.methods import Method
 from bitsmith.quantization import Coverage, Plan, calibrate, commit, prepare, reestimate_batchnorm
@@ -24,7 +25,8 @@ from bitsmith.recipe.deliver import deliver
 from bitsmith.recipe.directory import load_stage, open_run, save_stage, stage_path
 from bitsmith.recipe.methods import build_methods
 from bitsmith.recipe.progress import Event, Progress, silent
-from bitsmith.recipe.schema import Recipe
+from bitsmith.recipe.schema import Recipe, relocated
+from bitsmith.recipe.threads import enough_threads
 from bitsmith.tasks import Data, build, evaluate, load
 from bitsmith.tasks.dataset import to_float
 from bitsmith.tasks.resnet import load_weights
@@ -32,6 +34,7 @@ from bitsmith.train import Progress as TrainProgress
 from bitsmith.train import TrainConfig, train
 
 BATCH = 256  # rows of a calibration batch
+CHECK_SAMPLES = 64
 REESTIMATION_SAMPLES = 4096  # a few hundred are enough for BatchNorm; more than this only costs time
 
 
@@ -46,12 +49,20 @@ def run(
     with open_run(Path(out), recipe, resume) as directory:
         if (directory / "report.html").exists():  # the last file that is written: nothing is left to do
             return read_json(directory / "metrics.json", "metrics file")
-        return _run(recipe, directory, progress or silent)
+        tell = progress or silent
+        data, model = read_inputs(recipe)
+        tell(
+            Event(
+                "data", note=f"{data.name}: {len(data.train_x)} training and {len(data.test_x)} test images"
+            )
+        )
+        with enough_threads(model, data.example(), recipe.train.batch_size):
+            return _run(recipe, directory, data, model, tell)
 
 
-def _run(recipe: Recipe, out: Path, tell: Progress) -> dict[str, Any]:
-    data, model = read_inputs(recipe)
-    tell(Event("data", note=f"{data.name}: {len(data.train_x)} training and {len(data.test_x)} test images"))
+def _run(recipe: Recipe, out: Path, data: Data, model: nn.Module, tell: Progress) -> dict[str, Any]:
+    # A wrong glob or an idle layer is found out now, and not when the float model is trained.
+    quantize(recipe, copy.deepcopy(model), data.limited(CHECK_SAMPLES))
 
     history: dict[str, list[dict[str, Any]]] = {}
     seconds: dict[str, float] = {}
@@ -110,14 +121,20 @@ def quantize(recipe: Recipe, model: nn.Module, data: Data) -> tuple[Coverage, li
 def prepare_sites(recipe: Recipe, model: nn.Module, plan: Plan | None) -> tuple[Coverage, list[Method]]:
     """Make the sites of ``recipe``, with a plan's widths where there is one; no data is needed for that."""
     spec = recipe.quantize
-    coverage = prepare(
-        model,
-        spec.weights,
-        spec.activations,
-        overrides=spec.overrides | (_planned(plan) if plan is not None else {}),
-        target=recipe.target,
-        first_last_bits=spec.first_last_bits,
-    )
+    try:
+        coverage = prepare(
+            model,
+            spec.weights,
+            spec.activations,
+            overrides=spec.overrides | (_planned(plan) if plan is not None else {}),
+            target=recipe.target,
+            first_last_bits=spec.first_last_bits,
+        )
+    except SiteError as error:
+        site = error.where.removeprefix("overrides.")
+        if plan is None or site not in plan.sites:
+            raise
+        raise relocated(error, f"{recipe.plan}: sites.{site}") from None
     methods = build_methods(recipe.methods)
     for method in methods:
         method.attach(model)

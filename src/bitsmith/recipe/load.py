@@ -34,7 +34,7 @@ def load_recipe(path: str | Path | None = None, overrides: Iterable[str] = ()) -
 
 
 def parse_recipe(document: Mapping[str, Any], source: str = "recipe") -> Recipe:
-    """Check a recipe given as plain data; ``source`` names it in messages. Raises RecipeError, SchemeError."""
+    """Check a recipe given as plain data; ``source`` names it in messages. Raises BitsmithError."""
     try:
         recipe = Recipe.model_validate(resolve(normalise(document)))
     except ValidationError as error:

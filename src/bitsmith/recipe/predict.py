@@ -19,6 +19,7 @@ from torch import nn
 from bitsmith.quantization import measure, plan_of
 from bitsmith.recipe.job import quantize, read_inputs
 from bitsmith.recipe.schema import Recipe
+from bitsmith.recipe.threads import enough_threads
 from bitsmith.tasks import Data, evaluate
 from bitsmith.train import Progress, TrainConfig, train
 
@@ -29,6 +30,11 @@ WARM_UP = 4
 def predict(recipe: Recipe) -> dict[str, Any]:
     """Sites, leftovers, cost, seconds and peak memory of the job, as plain data."""
     data, model = read_inputs(recipe)
+    with enough_threads(model, data.example(), recipe.train.batch_size):
+        return _predict(recipe, data, model)
+
+
+def _predict(recipe: Recipe, data: Data, model: nn.Module) -> dict[str, Any]:
     teacher = copy.deepcopy(model)
     seconds = {"float": 0.0}
     if recipe.float_train is not None:

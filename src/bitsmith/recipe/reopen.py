@@ -138,27 +138,33 @@ def _recipe(path: Path) -> Recipe:
 def _float_model(path: Path, recipe: Recipe, factory: str | None) -> nn.Module:
     """The model as it was before quantization, with whatever weights: the file's own replace them."""
     name = factory or recipe.model.name
-    if name not in MODELS and factory is None:
-        raise RecipeError(
-            "this run's model is made by code, which is not taken from a run directory",
-            where=str(path),
-            got=name,
-            remedy=f"Name it yourself: --model {name}",
-        )
+    if factory is None:
+        refuse_code(path, recipe, "", "model")
     return build(name, **{k: v for k, v in recipe.model.arguments.items() if k not in NOT_STRUCTURE})
 
 
 def _data(path: Path, recipe: Recipe, data: str | None) -> Data:
     if data is not None:
         return load_data(data)
-    if recipe.data.name.partition(":")[0] not in LOADERS:
-        raise RecipeError(
-            "this run's data is made by code, which is not taken from a run directory",
-            where=str(path),
-            got=recipe.data.name,
-            remedy=f"Name it yourself: --data {recipe.data.name}",
-        )
+    refuse_code(path, recipe, "", "data")
     return load_data(recipe.data.name, **{"seed": recipe.train.seed, **recipe.data.arguments})
+
+
+def refuse_code(path: Path, recipe: Recipe, cure: str = "", *kinds: str) -> None:
+    """Raise RecipeError where a recipe read from the run directory ``path`` names ``module:factory``.
+
+    kinds: "model", "data", or both where none is given. cure: the command line to use instead.
+    """
+    names = {"model": recipe.model.name, "data": recipe.data.name}
+    for kind in kinds or names:
+        name = names[kind]
+        if name not in MODELS if kind == "model" else name.partition(":")[0] not in LOADERS:
+            raise RecipeError(
+                f"this run's {kind} is made by code, which is not taken from a run directory",
+                where=str(path),
+                got=name,
+                remedy=f"Name it yourself: {cure or f'--{kind} {name}'}",
+            )
 
 
 def check_exports(names: Sequence[str]) -> None:
