@@ -27,6 +27,7 @@ def output() -> Console:
 
 
 def print_json(value: Any) -> None:
+    """Indented JSON on standard output, and nothing else."""
     sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 

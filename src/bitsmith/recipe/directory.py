@@ -97,6 +97,7 @@ def latest_directory(name: str, runs: Path = RUNS) -> Path:
 
 
 def stage_path(out: Path, stage: str) -> Path:
+    """Where the checkpoint of a finished stage lies."""
     return out / "checkpoints" / f"{stage}.safetensors"
 
 
