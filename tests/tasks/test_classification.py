@@ -77,7 +77,7 @@ def test_the_digits_cnn_learns_in_three_epochs():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "learning_rate", "least"), [("digits_cnn", 5e-3, 0.985), ("digits_vit", 3e-3, 0.97)]
+    ("name", "learning_rate", "least"), [("digits_cnn", 5e-3, 0.983), ("digits_vit", 5e-3, 0.97)]
 )
 def test_digits_models_reach_their_accuracy_in_twenty_epochs(name, learning_rate, least):
     accuracies = [float_accuracy(name, learning_rate, 20, seed) for seed in range(5)]

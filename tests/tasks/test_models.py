@@ -19,7 +19,7 @@ def parameters(model):
     ("name", "count", "shape"),
     [
         ("digits_cnn", 5718, (1, 8, 8)),
-        ("digits_vit", 26698, (1, 8, 8)),
+        ("digits_vit", 26858, (1, 8, 8)),
         ("resnet20", 269722, (3, 32, 32)),
         ("resnet32", 464154, (3, 32, 32)),
         ("resnet56", 853018, (3, 32, 32)),
@@ -71,7 +71,7 @@ def test_channels_follow_the_number_of_means():
 def test_both_attention_products_are_modules():
     model = build("digits_vit")
     products = [name for name, module in model.named_modules() if isinstance(module, MatMul)]
-    assert products == [f"blocks.{i}.attention.{name}" for i in range(3) for name in ("scores", "context")]
+    assert products == [f"blocks.{i}.attention.{name}" for i in range(2) for name in ("scores", "context")]
     linears = [name for name, module in model.blocks[0].named_modules() if isinstance(module, nn.Linear)]
     assert linears == [f"attention.{n}" for n in ("query", "key", "value", "proj")] + ["mlp.up", "mlp.down"]
 

@@ -2,7 +2,9 @@
 
 Unlike torchvision's, query, key and value are separate layers and both attention products are `MatMul`
 modules, so that every multiplying operation has sites of its own (F.scaled_dot_product_attention would hide
-two of them). Mean pooling instead of a class token. Names follow transformers where it has them.
+two of them). For a small set and few epochs: mean pooling instead of a class token, patches that overlap
+(CvT, Wu et al. 2021, 2103.15808), and position embeddings that start large. On the digits, 20 epochs, the overlap was worth about
+one point and the start 0.5 instead of the usual 0.02 three. Names follow transformers where it has them.
 """
 
 from __future__ import annotations
@@ -82,12 +84,15 @@ class VisionTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.normalize = normalize
-        self.patch_embedding = nn.Conv2d(normalize.mean.numel(), width, patch, stride=patch)
+        margin = patch // 2
+        self.patch_embedding = nn.Conv2d(
+            normalize.mean.numel(), width, patch + 2 * margin, stride=patch, padding=margin
+        )
         self.position_embedding = nn.Parameter(torch.empty(1, (size // patch) ** 2, width))
         self.blocks = nn.Sequential(*(Block(width, heads, hidden) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
-        nn.init.trunc_normal_(self.position_embedding, std=0.02)
+        nn.init.normal_(self.position_embedding, std=0.5)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
