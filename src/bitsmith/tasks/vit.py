@@ -3,8 +3,9 @@
 Unlike torchvision's, query, key and value are separate layers and both attention products are `MatMul`
 modules, so that every multiplying operation has sites of its own (F.scaled_dot_product_attention would hide
 two of them). For a small set and few epochs: mean pooling instead of a class token, patches that overlap
-(CvT, Wu et al. 2021, 2103.15808), and position embeddings that start large. On the digits, 20 epochs, the overlap was worth about
-one point and the start 0.5 instead of the usual 0.02 three. Names follow transformers where it has them.
+(CvT, Wu et al. 2021, 2103.15808), and position embeddings that start large. On the digits, 20 epochs, the
+overlap was worth about one point, and the start at 0.5 instead of the usual 0.02 about three. Names follow
+transformers where it has them.
 """
 
 from __future__ import annotations
