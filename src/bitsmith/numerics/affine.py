@@ -13,7 +13,7 @@ forward, so that what is trained is what a runtime computes.
 Differences from the well-known implementations. (1) x is divided by the scale, never multiplied by its
 inverse (17 % of the codes differ for inputs that lie on a grid; runtimes divide). (2) The result is the
 value itself, not x + (Q - x), which misses Q in a third of the cases. (3) "Inside the grid" means that x
-rounds to a level of it (torch's fake_quantize), where LSQ as printed uses -Qn < x/s < Qp: half a step
+lies within half a step of a level (torch's fake_quantize, but for the very edge), where LSQ as printed uses -Qn < x/s < Qp: half a step
 narrower, and wrong for `seq`. (4) Backward saves x and the scale and computes the rest again: no second copy
 of an activation is kept. Its in-place arithmetic is what makes it cheap (an allocation costs four passes over
 memory); under torch.compile and for second derivatives the same formulas stand as expressions.
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitsmith.numerics.rounding import Estimator, hash_uniform, surrogate
+from bitsmith.numerics.rounding import SURROGATES, Estimator, hash_uniform
 
 
 def quantize(
@@ -115,12 +115,13 @@ class _FakeQuantize(torch.autograd.Function):
         d_scale = d_zero_point = None
         if ctx.needs_input_grad[1]:
             inner = _sum_to(gm, q if clip_only else u, scale)
-            d_scale = (_sum_to(g, q, scale) - inner) * (high.clamp(min=1) * count).rsqrt()
+            positive = torch.maximum(high, ((high - low) / 2).floor()).clamp(min=1)  # LSQ's Qp, whatever z is
+            d_scale = (_sum_to(g, q, scale) - inner) * (positive * count).rsqrt()
         if zero_point is not None and ctx.needs_input_grad[5]:
             d_zero_point = -scale * _sum_to(g - gm, None, scale)
-        factor = surrogate(estimator, g, u if half is None else u - half, q - u, high - low)
-        through = g if estimator == "pure" else gm
-        d_x = through if factor is None else through * factor
+        d_x = g if estimator == "pure" else gm
+        if estimator in SURROGATES:
+            d_x = d_x * SURROGATES[estimator](g, u if half is None else u - half, q - u, high - low)
         return d_x, d_scale, None, None, None, d_zero_point, None, None, None, None
 
 
@@ -146,12 +147,15 @@ def _levels_(
 
 def _sum_to(a: Tensor, b: Tensor | None, like: Tensor) -> Tensor:
     """sum of a * b over the axes along which ``like`` is broadcast."""
-    if (
-        b is not None
-        and like.numel() == 1
-        and not torch.is_grad_enabled()
-        and a.is_contiguous()
-        and b.is_contiguous()
-    ):
-        return torch.dot(a.view(-1), b.view(-1)).view(like.shape)
+    if b is not None and like.numel() == 1 and not torch.is_grad_enabled() and _same_dense(a, b):
+        count = a.numel()  # in the order of memory, which channels_last tensors cannot be viewed in
+        return torch.dot(a.as_strided((count,), (1,)), b.as_strided((count,), (1,))).view(like.shape)
     return (a if b is None else a * b).sum_to_size(like.shape)
+
+
+def _same_dense(a: Tensor, b: Tensor) -> bool:
+    """Whether a and b lie in memory without gaps and in the same order."""
+    if a.is_contiguous():
+        return b.is_contiguous()
+    form = torch.channels_last
+    return a.ndim == 4 and a.is_contiguous(memory_format=form) and b.is_contiguous(memory_format=form)

@@ -8,8 +8,8 @@ A tensor x is looked at as blocks such that a scale of shape ``scale_shape`` bro
     group         one per `group_size` inputs of a row   one per `group_size` features of a token
     token         -                                      one per position: the last axis shares (dynamic only)
 
-Only groups need another shape than x itself; a ragged last group is padded with zeros, which every grid but
-`seq` holds, and cut off again.
+Only groups need another shape than x itself; a ragged last group is padded with copies of its last value,
+which leave its range alone, and cut off again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def to_groups(x: Tensor, group_size: int, flatten: bool) -> Tensor:
     length = rows.shape[-1]
     padding = group_count(length, group_size) * group_size - length
     if padding:
-        rows = torch.nn.functional.pad(rows, (0, padding))
+        rows = torch.cat([rows, rows[..., -1:].expand(*rows.shape[:-1], padding)], -1)
     return rows.unflatten(-1, (-1, group_size))
 
 

@@ -15,6 +15,7 @@ Hessian-adaptive one is not here.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -27,15 +28,20 @@ EWGS_FACTOR = 1e-3
 SMOOTH_SHARPNESS = 4.0
 
 
-def surrogate(estimator: Estimator, g: Tensor, u: Tensor, error: Tensor, steps: Tensor) -> Tensor | None:
-    """The factor on the gradient (None for 1); error = q - u, steps = high - low."""
-    if estimator == "ewgs":
-        return 1 - EWGS_FACTOR * torch.sign(g) * error / steps
-    if estimator == "smooth":
-        k = SMOOTH_SHARPNESS
-        within = u - torch.floor(u) - 0.5  # -1/2 .. 1/2 from one level to the next; the jump is at 0
-        return (k / 2) * (1 - torch.tanh(k * within).square()) / math.tanh(k / 2)
-    return None
+def ewgs(g: Tensor, u: Tensor, error: Tensor, steps: Tensor) -> Tensor:
+    """1 + d sign(g) (u - q)/steps: the farther x is from its level, the more its step is stretched or shrunk."""
+    return 1 - EWGS_FACTOR * torch.sign(g) * error / steps
+
+
+def smooth(g: Tensor, u: Tensor, error: Tensor, steps: Tensor) -> Tensor:
+    """Slope of floor + (1 + tanh(k t)/tanh(k/2))/2, t in -1/2..1/2 from one level to the next: its mean is 1."""
+    within = u - torch.floor(u) - 0.5
+    slope: Tensor = 1 - torch.tanh(SMOOTH_SHARPNESS * within).square()
+    return slope * (SMOOTH_SHARPNESS / 2 / math.tanh(SMOOTH_SHARPNESS / 2))
+
+
+# Estimators with a factor of their own: (g, u, error = q - u, steps = high - low) -> factor.
+SURROGATES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {"ewgs": ewgs, "smooth": smooth}
 
 
 def hash_uniform(seed: Tensor, like: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, overwrite: bool = Fal
         )
         low, high = extremes.get(quantizer.name, (float("inf"), float("-inf")))
         extremes[quantizer.name] = (min(low, float(values.min())), max(high, float(values.max())))
-        step = -(-values.numel() // SAMPLE_PER_BATCH)
+        step = -(-values.numel() // SAMPLE_PER_BATCH) | 1  # odd: no beat with widths and channels
         seen[quantizer.name].append(values[:, ::step].clone())
 
     def passes(quantizer: Quantizer, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -95,5 +95,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, overwrite: bool = Fal
                 where=name,
                 remedy="The float model itself produces NaN or infinity",
             )
+        values = values[:, :: -(-values.numel() // SAMPLE) | 1]
+        if len(values) == 1:  # min-max is exact, whatever the sample missed
+            values = torch.cat([values, torch.tensor([extremes[name]])], 1)
         quantizer.range.zero_()
-        quantizer.calibrate(values[:, :: -(-values.numel() // SAMPLE)], *extremes[name])
+        quantizer.calibrate(values, *extremes[name])

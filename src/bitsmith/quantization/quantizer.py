@@ -139,7 +139,7 @@ class Quantizer(nn.Module):
             shift if shift is None else shift.view(self.view),
             estimator=scheme.estimator,
             clip_only=scheme.range == "pact",
-            count=v[0].numel() if self.kind == "activation" else v.numel(),
+            count=v[0].numel() if self.kind == "activation" else v.numel() // self.range.shape[1],
             seed=self.seed if self.training else None,
         )
 
@@ -322,7 +322,7 @@ def redraw(model: nn.Module, step: int) -> None:
     """New element noise for stochastic rounding; the same for the same step, so that a resume repeats it."""
     for index, quantizer in enumerate(sites(model).values()):
         if quantizer.seed is not None:
-            quantizer.seed.fill_((step * 0x9E3779B1 + index * 0x85EBCA6B) % (2**31 - 1))
+            quantizer.seed.fill_((step * 0x7FEB352D + index * 0x846CA68B) % (2**31 - 1))
 
 
 def check_calibrated(model: nn.Module) -> None:
