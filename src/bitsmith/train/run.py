@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bitsmith.errors import RecipeError, TrainingDiverged
 from bitsmith.methods.method import Method
 from bitsmith.quantization import parameter_groups
+from bitsmith.quantization import redraw, sites
 from bitsmith.train.average import Average
 from bitsmith.train.batches import Batches, MicroBatch
 from bitsmith.train.config import TrainConfig
@@ -69,6 +70,7 @@ class Run:
         self._check_every = 1 if device.type == "cpu" else 32
         self._checked = 0
         self._batchnorms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+        self._stochastic = any(quantizer.seed is not None for quantizer in sites(model).values())
         self._second_pass_of: Method | None = None
         self._may_repeat = any(type(m).after_backward is not Method.after_backward for m in self.methods)
 
@@ -86,6 +88,8 @@ class Run:
         """One optimizer step, in the order that methods are promised."""
         batch = self.batches.step(self.step)
         self._set_learning_rate()
+        if self._stochastic:
+            redraw(self.model, self.step)
         random_state = self._random_state() if self._may_repeat else None
         self._clear_gradients()
         self._record(self._forward_backward(batch))
