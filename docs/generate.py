@@ -1,7 +1,7 @@
-"""Writes docs/recipe.md from the recipe's schema: `make docs`.
+"""Writes docs/recipe.md and docs/targets.md from the code: `make docs`.
 
 Names, defaults, choices and ranges come from the code; only the meaning of a key is written here, and a key
-without one stops the generator. tests/docs/test_documents.py fails while the page is not what this writes.
+without one stops the generator. tests/docs/test_documents.py fails while a page is not what this writes.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any, get_type_hints
 
 from bitsmith.quantization.scheme import CHOICES as SCHEME_CHOICES
 from bitsmith.quantization.scheme import Scheme
-from bitsmith.quantization.target import TARGETS
+from bitsmith.quantization.target import TARGETS, Target
 from bitsmith.recipe.load import DEFAULT
 from bitsmith.recipe.methods import METHODS
 from bitsmith.recipe.schema import EXPORTS, Quantize, Recipe
 from bitsmith.train.config import CHOICES as TRAIN_CHOICES
 from bitsmith.train.config import RANGES, TrainConfig
 
-PAGE = Path(__file__).with_name("recipe.md")
+FOLDER = Path(__file__).parent
 
 INTRODUCTION = """\
 # Recipe
@@ -89,13 +89,19 @@ MEANING = {
 
 
 def main() -> None:
-    """Write the page."""
-    PAGE.write_text(page(), encoding="utf-8")
-    print(f"wrote {PAGE}")
+    """Write the pages."""
+    for name, text in pages().items():
+        (FOLDER / name).write_text(text, encoding="utf-8")
+        print(f"wrote docs/{name}")
 
 
-def page() -> str:
-    """The whole page, as it should stand in docs/recipe.md."""
+def pages() -> dict[str, str]:
+    """Name -> the whole page, as it should stand in docs/."""
+    return {"recipe.md": recipe(), "targets.md": targets()}
+
+
+def recipe() -> str:
+    """The reference of the recipe."""
     missing = sorted(set(keys()) ^ set(MEANING))
     if missing:
         raise SystemExit(f"docs/generate.py: MEANING and the schema differ in {', '.join(missing)}")
@@ -123,6 +129,47 @@ def keys() -> list[str]:
         "train.": train_rows(),
     }
     return [prefix + name for prefix, rows in sections.items() for name, *_ in rows]
+
+
+TARGETS_INTRODUCTION = """\
+# Targets
+
+A target is where the model will run, and so what can be stored there exactly. It is chosen before training, because
+it owns the grid: what it does not hold is refused by `prepare` (`bitsmith run --dry-run` shows it before anything is
+trained), and the codes that are trained are the codes that are exported.
+
+Bits in the file: a width that a format does not have is stored in the next wider container, exactly; the cost counts
+the container. Activations may have any width from 1 to 8 with every target; they are never stored.
+
+This page is generated from `quantization/target.py` (`make docs`).
+"""
+
+
+def targets() -> str:
+    """What each built-in target holds."""
+    return "\n".join([TARGETS_INTRODUCTION, *(target(one) for one in TARGETS.values())])
+
+
+def target(one: Target) -> str:
+    """The section of one target."""
+    containers = "".join(f" {width} |" for width in one.weight_containers)
+    sizes = "".join(f" {size} |" for size in one.weight_containers.values())
+    dynamic = "learned, static or dynamic" if one.dynamic_activations else "learned or static"
+    return "\n".join(
+        [
+            f"## {one.name}",
+            "",
+            f"Runs in: {one.runs}.",
+            "",
+            f"| Bits of a weight |{containers}",
+            f"| --- |{' --- |' * len(one.weight_containers)}",
+            f"| Bits in the file |{sizes}",
+            "",
+            f"- Weights share a scale per {', '.join(one.weight_granularities)}; grids: {choices(one.weight_grids)}.",
+            f"- Activations share a scale per {', '.join(one.activation_granularities)}; ranges: {dynamic}.",
+            "",
+        ]
+    )
 
 
 Row = tuple[str, str, str]  # key, default, values

@@ -51,15 +51,27 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_what_a_page_tells_to_type_is_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    targets = re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for target in re.findall(r"(?:^    |`)(?:\S+=\S+ )?make ([a-z]+)", text, re.MULTILINE):
+        assert target in targets, f"make {target}"
+    for file in re.findall(r"\b(?:recipes|tests|src)/[a-z0-9_/]+\.(?:yaml|py)\b", text):
+        assert (ROOT / file).exists(), file
+
+
 def test_every_paper_is_found_by_its_name() -> None:
     index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
     for paper in ("CO-QAT", "FraQAT", "ZeroQAT", "LoaQ", "FQAT"):
         assert paper in index
 
 
-def test_the_recipe_reference_is_fresh() -> None:
+def test_generated_pages_are_fresh() -> None:
     path = ROOT / "docs/generate.py"
     generator = {"__name__": "generate", "__file__": str(path)}
     exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), generator)
-    page = SimpleNamespace(**generator).page()
-    assert (ROOT / "docs/recipe.md").read_text(encoding="utf-8") == page, "run: make docs"
+    pages = SimpleNamespace(**generator).pages()
+    assert pages.keys() >= {"recipe.md", "targets.md"}
+    for page, text in pages.items():
+        assert (ROOT / "docs" / page).read_text(encoding="utf-8") == text, f"docs/{page} is stale: make docs"

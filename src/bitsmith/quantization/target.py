@@ -91,7 +91,7 @@ TARGETS: dict[str, Target] = {
         activation_granularities=("tensor",),
         weight_grids=("symmetric", "balanced", "seq"),
         dynamic_activations=False,
-        runs="ONNX Runtime; weights packed in the file, products in float or int8",
+        runs="ONNX Runtime; weights packed in the file, products in float",
     ),
     "research": Target(
         name="research",
