@@ -1,4 +1,4 @@
-"""Whatever the user got wrong is one line on standard error: where, what, and what to do; and an exit code."""
+"""Whatever the user got wrong is one line on standard error (where, what, what to do) and an exit code."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ import pytest
 from bitsmith.files import directory_lock, save_tensors
 from tests.cli.conftest import QUICK, Bitsmith, write_images
 
-# arguments of `bitsmith run` (besides the quick ones), and what the line must say: the field, the value, the cure
+# overrides of the quick run, and what the line must say: the field, the value, the cure
 RECIPES = {
     "unknown key": (["modle=x"], ["modle", "Did you mean model?"]),
     "unknown key of a section": (["train.epoch=3"], ["train.epoch", "Did you mean epochs?"]),
@@ -27,8 +27,14 @@ RECIPES = {
     "choice": (["train.schedule=cosin"], ["train.schedule", "cosin", "Did you mean cosine?"]),
     "bits too many": (["quantize.weights.bits=9"], ["quantize.weights.bits", "9", "1 to 8"]),
     "bits too few": (["quantize.activations.bits=0"], ["quantize.activations.bits", "0", "1 to 8"]),
-    "bits in an override": (['quantize.overrides={"fc.*": {bits: 12}}'], ["overrides.fc.*.bits", "12", "1 to 8"]),
-    "granularity": (["quantize.weights.granularity=chanel"], ["granularity", "chanel", "Did you mean channel?"]),
+    "bits in an override": (
+        ['quantize.overrides={"fc.*": {bits: 12}}'],
+        ["overrides.fc.*.bits", "12", "1 to 8"],
+    ),
+    "granularity": (
+        ["quantize.weights.granularity=chanel"],
+        ["granularity", "chanel", "Did you mean channel?"],
+    ),
     "glob without a match": (
         ['quantize.overrides={"conv9.weight": {bits: 4}}'],
         ["overrides.conv9.weight", "matches no site", "conv4.weight"],
@@ -51,9 +57,12 @@ RECIPES = {
     "data argument": (["data.arguments.fold=7"], ["data digits", "7", "0 to 4"]),
     "missing data file": (["data=npz:nowhere.npz"], ["npz:nowhere.npz", "no such file", "Check the path"]),
     "export format": (["export=[onxx]"], ["export.0", "onxx", "Did you mean onnx?"]),
-    "missing weights": (["pretrained=nowhere.safetensors"], ["nowhere.safetensors", "no such", "Check the path"]),
+    "missing weights": (
+        ["pretrained=nowhere.safetensors"],
+        ["nowhere.safetensors", "no such", "Check the path"],
+    ),
     "missing plan": (["plan=nowhere.json"], ["nowhere.json", "no such plan", "Check the path"]),
-}  # fmt: skip
+}
 
 
 def assert_one_line(err: str, *fragments: str) -> None:
@@ -80,11 +89,17 @@ COMMANDS = {
     "missing argument": (["evaluate"], ["RUN", "bitsmith evaluate --help"]),
     "missing recipe": (["run", "digits.yml"], ["digits.yml", "no such recipe", "Check the path"]),
     "nothing to inspect": (["inspect"], ["bitsmith inspect", "--system", "Try"]),
-    "nothing to resume": (["run", "--resume"], ["--out runs/digits", "no run to resume", "Leave --resume out"]),
+    "nothing to resume": (
+        ["run", "--resume"],
+        ["--out runs/digits", "no run to resume", "Leave --resume out"],
+    ),
     "no such run": (["evaluate", "nowhere"], ["nowhere", "no such run directory", "Give the --out"]),
     "no such run to inspect": (["inspect", "nowhere"], ["nowhere", "no such directory", "Give the --out"]),
-    "no such run to compare": (["compare", "nowhere"], ["nowhere", "no such run directory", "Give the --out"]),
-}  # fmt: skip
+    "no such run to compare": (
+        ["compare", "nowhere"],
+        ["nowhere", "no such run directory", "Give the --out"],
+    ),
+}
 
 
 @pytest.mark.parametrize(("arguments", "fragments"), COMMANDS.values(), ids=COMMANDS)

@@ -56,7 +56,12 @@ def run(
                 "data", note=f"{data.name}: {len(data.train_x)} training and {len(data.test_x)} test images"
             )
         )
-        with enough_threads(model, data.example(), recipe.train.batch_size):
+        # The floors draw from generators of their own; what PyTorch draws by itself (the weights of a model
+        # that is only built to be loaded into) must not move the caller's.
+        with (
+            torch.random.fork_rng(devices=[]),
+            enough_threads(model, data.example(), recipe.train.batch_size),
+        ):
             return _run(recipe, directory, data, model, tell)
 
 

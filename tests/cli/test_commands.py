@@ -1,0 +1,180 @@
+"""What each command prints and leaves behind, on a run of two steps."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.cli.conftest import QUICK, Bitsmith
+
+METRICS = """version seed environment float post_training quantized uniform exported shift cost budget time"""
+COST = """bops bops_float weight_bytes weight_bytes_float average_weight_bits average_activation_bits
+latency_us energy_uj"""
+FILES = """plan.json certificate.json recipe.yaml model/model.safetensors model/config.json report.html
+history.json coverage.json predictions.npz events checkpoints"""
+
+
+def test_a_run_leaves_what_the_contract_says(finished: Path) -> None:
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert set(metrics) >= set(METRICS.split())
+    assert set(metrics["cost"]) >= set(COST.split())
+    for stage in ("float", "post_training", "quantized"):
+        assert 0 <= metrics[stage]["accuracy"] <= 1
+    assert set(metrics["shift"]) == {"float", "quantized"}
+    assert metrics["exported"]["native"]["agreement"] >= 0.995
+    for name in FILES.split():
+        assert (finished / name).exists(), name
+
+
+def test_the_run_ends_with_what_was_gained_and_where_to_look(bitsmith: Bitsmith, tmp_path: Path) -> None:
+    result = bitsmith("run", "--out", tmp_path / "run", *QUICK)
+    assert result.code == 0
+    text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.out).split())
+    for fragment in (
+        "float",
+        "post-training",
+        "quantized",
+        "exported",
+        "gained",
+        "average bits",
+        "report.html",
+    ):
+        assert fragment in text
+    assert "train the quantized model" in result.err
+
+
+def test_json_is_the_metrics_and_nothing_else(bitsmith: Bitsmith, tmp_path: Path) -> None:
+    result = bitsmith("run", "--json", "--out", tmp_path / "run", *QUICK)
+    assert json.loads(result.out) == json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert result.err == ""
+
+
+def test_without_out_each_run_gets_a_directory_of_its_own(
+    bitsmith: Bitsmith, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "digits").mkdir(parents=True)
+    assert bitsmith("run", "--json", *QUICK).code == 0
+    assert (tmp_path / "runs" / "digits-2" / "report.html").exists()
+
+
+def test_a_finished_run_is_not_done_again(bitsmith: Bitsmith, finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    result = bitsmith("run", "--resume", "--json", "--out", finished)
+    assert json.loads(result.out) == json.loads((finished / "metrics.json").read_text())
+    changed = [path.name for path, time in before.items() if path.stat().st_mtime_ns != time]
+    assert set(changed) <= {".lock", "recipe.yaml"}
+
+
+def test_a_dry_run_tells_sites_cost_and_time_and_writes_nothing(
+    bitsmith: Bitsmith, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = bitsmith("run", "--dry-run", "--json")
+    found = json.loads(result.out)
+    assert {site["name"] for site in found["sites"]} >= {
+        "conv1.weight",
+        "conv1.input",
+        "fc.weight",
+        "fc.input",
+    }
+    assert found["cost"]["bops"] < found["cost"]["bops_float"]
+    assert found["time"]["total"] > 0
+    assert found["steps"]["qat"] == 20 * found["steps"]["float"] // 20
+    assert found["peak_memory_bytes"] is None or found["peak_memory_bytes"] > 1e8
+    assert list(tmp_path.iterdir()) == []
+    assert "conv3.weight" in bitsmith("run", "--dry-run").out
+
+
+def test_a_plan_is_used_as_it_was_edited(bitsmith: Bitsmith, finished: Path, tmp_path: Path) -> None:
+    plan = json.loads((finished / "plan.json").read_text())
+    plan["sites"]["conv3.weight"]["bits"] = 5
+    plan["sites"]["fc.input"]["bits"] = 6
+    (tmp_path / "edited.json").write_text(json.dumps(plan))
+    assert (
+        bitsmith(
+            "run", "--json", "--out", tmp_path / "run", *QUICK, "--set", f"plan={tmp_path}/edited.json"
+        ).code
+        == 0
+    )
+    used = json.loads((tmp_path / "run" / "plan.json").read_text())["sites"]
+    assert {name: site["bits"] for name, site in used.items()} == {
+        name: site["bits"] for name, site in plan["sites"].items()
+    }
+
+
+def test_inspect_accounts_for_every_parameter(bitsmith: Bitsmith, finished: Path) -> None:
+    found = json.loads(bitsmith("inspect", finished, "--json").out)
+    coverage = json.loads((finished / "coverage.json").read_text())
+    quantized = sum(site["elements"] for site in coverage["sites"])
+    assert quantized + sum(left["elements"] for left in found["leftovers"]) == found["totals"]["parameters"]
+    assert all(left["reason"] for left in found["leftovers"])
+    text = bitsmith("inspect", finished).out
+    assert "conv2.weight" in text
+    assert "bn1.weight" in text
+
+
+def test_inspect_reads_an_exported_model(bitsmith: Bitsmith, finished: Path) -> None:
+    plan = json.loads((finished / "plan.json").read_text())["sites"]
+    found = json.loads(bitsmith("inspect", finished / "model", "--json").out)["sites"]
+    assert {site["name"]: site["bits"] for site in found} == {
+        name: site["bits"] for name, site in plan.items()
+    }
+    assert "conv2.weight" in bitsmith("inspect", finished / "model").out
+
+
+def test_inspect_shows_the_system(bitsmith: Bitsmith) -> None:
+    assert "torch" in json.loads(bitsmith("inspect", "--system", "--json").out)["system"]
+    assert "processor" in bitsmith("inspect", "--system").out
+
+
+def test_evaluate_finds_the_accuracy_of_the_run(bitsmith: Bitsmith, finished: Path) -> None:
+    metrics = json.loads((finished / "metrics.json").read_text())
+    found = json.loads(bitsmith("evaluate", finished, "--shift", "all", "--json").out)
+    assert found["accuracy"] == metrics["quantized"]["accuracy"]
+    assert found["shift"] == metrics["shift"]["quantized"]
+    assert "noise" in bitsmith("evaluate", finished, "--shift", "noise").out
+
+
+def test_evaluate_refuses_a_shift_that_there_is_not(bitsmith: Bitsmith, finished: Path) -> None:
+    result = bitsmith("evaluate", finished, "--shift", "nois")
+    assert result.code == 2
+    assert "Did you mean noise?" in result.err
+
+
+def test_export_writes_the_same_codes_again(bitsmith: Bitsmith, finished: Path, tmp_path: Path) -> None:
+    before = load_file(finished / "model" / "model.safetensors")
+    result = bitsmith("export", finished, "--to", "native", "--json")
+    assert json.loads(result.out)["exports"]["native"]["passed"] is True
+    after = load_file(finished / "model" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert bitsmith("export", finished, "--to", "onxx").err.endswith("Did you mean onnx?\n")
+
+
+def test_compare_shows_runs_side_by_side(bitsmith: Bitsmith, finished: Path, tmp_path: Path) -> None:
+    result = bitsmith("compare", finished, finished, "--out", tmp_path / "page.html")
+    assert result.out.count("finished") >= 2
+    assert "</html>" in (tmp_path / "page.html").read_text()
+    assert "finished" in json.loads(bitsmith("compare", finished, "--json").out)
+
+
+@pytest.mark.parametrize("command", ["run", "inspect", "evaluate", "export", "compare"])
+def test_help_teaches_by_examples(command: str, bitsmith: Bitsmith) -> None:
+    text = bitsmith(command, "--help").out
+    assert "Examples" in text
+    assert text.count(f"bitsmith {command}") >= 3  # the usage, and two examples or more
+
+
+def test_help_answers_without_torch() -> None:
+    program = (
+        "import sys; from bitsmith.cli.main import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "evaluate" in done.stdout

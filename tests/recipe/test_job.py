@@ -1,0 +1,142 @@
+"""The whole job, in two steps of training: its figures, and what an interruption changes (nothing)."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bitsmith.errors import Interrupted
+from bitsmith.files import save_tensors
+from bitsmith.recipe import Recipe, load_recipe, run
+from bitsmith.recipe.progress import STAGES, Event
+from bitsmith.tasks.models import build
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = ("train.epochs=2", "train.batch_size=640", "float.epochs=2", "export=[native]")
+
+
+def figures(out: Path) -> dict[str, Any]:
+    """metrics.json without what may differ between two runs of one job."""
+    metrics: dict[str, Any] = json.loads((out / "metrics.json").read_text())
+    return {key: value for key, value in metrics.items() if key not in ("time", "environment")}
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    return load_recipe(None, QUICK)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    run(recipe, out)
+    return out
+
+
+def test_every_stage_is_told_and_finishes(recipe: Recipe, tmp_path: Path) -> None:
+    events: list[Event] = []
+    run(recipe, tmp_path / "run", progress=events.append)
+    assert list(dict.fromkeys(event.stage for event in events)) == list(STAGES)
+    last = {event.stage: event for event in events}
+    assert all(event.finished for event in last.values())
+    assert last["qat"].values["accuracy"] > 0
+
+
+def test_the_same_seed_gives_the_same_figures(recipe: Recipe, uninterrupted: Path, tmp_path: Path) -> None:
+    run(recipe, tmp_path / "again")
+    assert figures(tmp_path / "again") == figures(uninterrupted)
+
+
+@pytest.mark.parametrize(("stage", "step"), [("float", 2), ("float", 4), ("qat", 2), ("qat", 4)])
+def test_an_interrupted_run_ends_as_if_it_had_not_been(
+    stage: str, step: int, recipe: Recipe, uninterrupted: Path, tmp_path: Path
+) -> None:
+    def interrupt(event: Event) -> None:
+        if event.stage == stage and event.done >= step and event.total > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    every_step = load_recipe(None, QUICK)
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        run(every_step, tmp_path / "run", progress=interrupt)
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    run(recipe, tmp_path / "run", resume=True)
+    assert figures(tmp_path / "run") == figures(uninterrupted)
+    assert (tmp_path / "run" / "plan.json").read_text() == (uninterrupted / "plan.json").read_text()
+
+
+def test_a_finished_stage_is_not_trained_again(recipe: Recipe, uninterrupted: Path, tmp_path: Path) -> None:
+    class Killed(Exception):
+        pass
+
+    def kill(event: Event) -> None:
+        if event.stage == "export":
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(recipe, tmp_path / "run", progress=kill)
+    trained = []
+    run(recipe, tmp_path / "run", resume=True, progress=lambda event: trained.append(event.total > 1))
+    assert not any(trained)
+    assert figures(tmp_path / "run") == figures(uninterrupted)
+
+
+def test_a_run_that_ends_leaves_no_half_finished_checkpoint(uninterrupted: Path) -> None:
+    assert {path.name for path in (uninterrupted / "checkpoints").iterdir()} == {
+        "float.safetensors",
+        "qat.safetensors",
+    }
+
+
+def test_plan_bytes_are_the_payload_of_the_native_file(uninterrupted: Path) -> None:
+    """Target native stores codes at their true width; so the plan's bytes are the tensors' bytes."""
+    out = uninterrupted.parent / "native"
+    run(load_recipe(None, [*QUICK, "target=native"]), out)
+    content = (out / "model" / "model.safetensors").read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    assert figures(out)["cost"]["weight_bytes"] == len(content) - header
+
+
+def data_for(name: str, tmp_path: Path) -> list[str]:
+    """What the recipes that need files are given instead: the overrides."""
+    if name != "cifar10_resnet20":
+        return ["train.batch_size=640"]
+    random = np.random.default_rng(0)
+    arrays = {
+        f"{split}_{part}": random.integers(0, 256, (32, 32, 32, 3), dtype=np.uint8)
+        if part == "x"
+        else np.arange(32) % 10
+        for split in ("train", "val", "test")
+        for part in "xy"
+    }
+    np.savez(tmp_path / "cifar.npz", **arrays)
+    save_tensors(tmp_path / "weights.safetensors", build("resnet20", seed=0).state_dict())
+    return [
+        "train.batch_size=16",
+        f"data.name=npz:{tmp_path}/cifar.npz",
+        f"pretrained={tmp_path}/weights.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml")))
+def test_every_recipe_runs_to_its_end(name: str, tmp_path: Path) -> None:
+    overrides = ["train.epochs=1", *data_for(name, tmp_path)]
+    if load_recipe(ROOT / "recipes" / f"{name}.yaml").float_train is not None:
+        overrides.append("float.epochs=1")
+    metrics = run(load_recipe(ROOT / "recipes" / f"{name}.yaml", overrides), tmp_path / "run")
+    assert metrics["exported"]["onnx"]["agreement"] >= 0.995
+    assert metrics["cost"]["weight_bytes"] < metrics["cost"]["weight_bytes_float"] / 3
+
+
+def test_the_callers_random_numbers_and_threads_are_left_alone(recipe: Recipe, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    threads = torch.get_num_threads()
+    run(recipe, tmp_path / "run")
+    assert torch.equal(torch.rand(4), expected)
+    assert torch.get_num_threads() == threads
