@@ -26,7 +26,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def to_onnx(packed: nn.Module, path: str | os.PathLike[str], example: Any, *, op
             )
         except torch.onnx.errors.OnnxExporterError as error:
             raise TargetError(
-                f"torch.onnx cannot write this model ({_first_line(error.__cause__ or error)})",
+                f"torch.onnx cannot write this model ({first_line(error.__cause__ or error)})",
                 where=type(packed).__name__,
                 remedy="See that forward() depends on no batch size, or export native only",
             ) from error
@@ -119,23 +119,26 @@ def run(model: Any, inputs: Tensor | tuple[Tensor, ...], batch_size: int = 256) 
     return [torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True)]
 
 
-def layer_outputs(path: str | os.PathLike[str], inputs: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """Outputs of the quantized layers by name, from the runtime: the file with more outputs asked of it."""
+def open_probe(path: str | os.PathLike[str], sites: Iterable[str] = ()) -> Callable[[Tensor], dict[str, Tensor]]:
+    """A function from inputs to the outputs of the quantized layers (by layer name) and the quantized
+    activations (by site name) inside the runtime: the file with more outputs asked of it."""
     onnx = _onnx()
     model = onnx.load(path)
     named = {p.key: p.value for p in model.metadata_props}
     try:
-        outputs: dict[str, str] = json.loads(named[METADATA])["outputs"]
+        wanted: dict[str, str] = json.loads(named[METADATA])["outputs"]
     except (KeyError, ValueError):
         raise FormatError("this ONNX file was not written by Bitsmith", where=os.fspath(path)) from None
-    own = {value.name for value in model.graph.output}
-    wanted = [tensor for tensor in dict.fromkeys(outputs.values()) if tensor not in own]
-    model.graph.output.extend(
-        onnx.helper.make_tensor_value_info(tensor, onnx.TensorProto.FLOAT, None) for tensor in wanted
-    )
+    present = {name for node in model.graph.node for name in node.output}
+    wanted |= {site: site for site in sites if site in present}
+    for name, tensor in wanted.items():
+        # Behind an Identity: a tensor that is asked for itself may come back quantized, because the optimizer
+        # moves QuantizeLinear before transpositions.
+        model.graph.node.append(onnx.helper.make_node("Identity", [tensor], [f"{name}/seen"]))
+        model.graph.output.append(onnx.helper.make_tensor_value_info(f"{name}/seen", onnx.TensorProto.FLOAT, None))
     opened = session(model.SerializeToString())
-    found = dict(zip([o.name for o in opened.get_outputs()], run(opened, inputs), strict=True))
-    return {layer: found[tensor] for layer, tensor in outputs.items()}
+    names = [o.name.removesuffix("/seen") for o in opened.get_outputs()]
+    return lambda x: {n: t for n, t in zip(names, run(opened, x), strict=True) if n in wanted}
 
 
 # ---- the twin: the packed model with placeholders
@@ -274,9 +277,9 @@ def _quantizer_nodes(graph: Any, site: str, q: Any, x: str, y: str) -> list[Any]
         _add_once(graph, f"{site}.{name}", value)
     names = [f"{site}.scale", f"{site}.zero_point"]
     return [
-        make_node("QuantizeLinear", [x, *names], [f"{y}.quantized"], name=f"{y}.quantize"),
-        make_node("DequantizeLinear", [f"{y}.quantized", *names], [f"{y}.values"], name=f"{y}.dequantize"),
-        make_node("Clip", [f"{y}.values", f"{site}.low", f"{site}.high"], [y], name=f"{y}.clip"),
+        make_node("QuantizeLinear", [x, *names], [f"{y}.quantized"]),
+        make_node("DequantizeLinear", [f"{y}.quantized", *names], [f"{y}.values"]),
+        make_node("Clip", [f"{y}.values", f"{site}.low", f"{site}.high"], [y]),
     ]
 
 
@@ -301,7 +304,7 @@ def _weight_nodes(graph: Any, site: str, w: Any) -> list[Any]:
         graph.initializer.append(_integers(f"{site}.zero_point", zeros.short(), kind, container))
         inputs.append(f"{site}.zero_point")
 
-    nodes = [onnx.helper.make_node("DequantizeLinear", inputs, [""], name=f"{site}.dequantize", **attributes)]
+    nodes = [onnx.helper.make_node("DequantizeLinear", inputs, [""], **attributes)]
     if half:
         offset = w.scale * half
         if form.granularity == "group":
@@ -313,7 +316,7 @@ def _weight_nodes(graph: Any, site: str, w: Any) -> list[Any]:
                 )
             nodes.append(_reshape(graph, site, (rows, -1, form.group_size)))
         graph.initializer.append(onnx.numpy_helper.from_array(offset.numpy(), f"{site}.offset"))
-        nodes.append(onnx.helper.make_node("Add", ["", f"{site}.offset"], [""], name=f"{site}.add"))
+        nodes.append(onnx.helper.make_node("Add", ["", f"{site}.offset"], [""]))
     if form.granularity == "group" and (half or len(w.shape) > 2):
         nodes.append(_reshape(graph, site, tuple(w.shape)))
     for i, (before, after) in enumerate(zip(nodes, nodes[1:], strict=False)):
@@ -325,7 +328,7 @@ def _weight_nodes(graph: Any, site: str, w: Any) -> list[Any]:
 def _reshape(graph: Any, site: str, shape: tuple[int, ...]) -> Any:
     name = f"{site}.shape{len(shape)}"
     _add_once(graph, name, np.array(shape, np.int64))
-    return _onnx().helper.make_node("Reshape", ["", name], [""], name=f"{name}.reshape")
+    return _onnx().helper.make_node("Reshape", ["", name], [""])
 
 
 def _integers(name: str, values: Tensor, kind: int, container: int) -> Any:
@@ -365,5 +368,5 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
