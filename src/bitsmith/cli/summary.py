@@ -21,6 +21,7 @@ from bitsmith.report.words import (
     headline,
     percent,
     points,
+    seconds,
     size,
     verdict,
 )
@@ -52,7 +53,8 @@ def summary(run: Run) -> Panel:
             (verdict(run), verdict_style),
             ".",
         ),
-        Text(f"Report {run.directory / 'report.html'}"),
+        Text(),
+        _where(run),
     )
     return Panel(
         body, title=f"[bold]{title}[/]", title_align="left", expand=False, padding=(1, 2), box=box.ROUNDED
@@ -102,6 +104,21 @@ def _bits(run: Run) -> str:
     """Weight bits / activation bits, on average."""
     pair = (run.cost("average_weight_bits"), run.cost("average_activation_bits"))
     return " / ".join("–" if bits is None else f"{bits:.2f}" for bits in pair)
+
+
+def _where(run: Run) -> Table:
+    """The files to look at, and the time that they took."""
+    made = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    made.add_column(style="dim")
+    made.add_column(overflow="fold")
+    made.add_row("report", str(run.directory / "report.html"))
+    for path, held in run.files.items():
+        name = "model" if path.startswith("model/") else path
+        made.add_row(name, f"{run.directory / path} ({size(held)})")
+    total = (run.metrics.get("time") or {}).get("total")
+    if total is not None:
+        made.add_row("time", seconds(total))
+    return made
 
 
 def _gain(run: Run) -> str:

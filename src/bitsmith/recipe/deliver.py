@@ -49,6 +49,7 @@ def deliver(
     ExportMismatch is raised.
     """
     example = data.example()
+    tell(Event("export", 0))
     cost = measure(trained, example).report()
     plan_of(trained, cost).save(out / "plan.json")
 
@@ -70,6 +71,7 @@ def deliver(
         )
     )
 
+    tell(Event("shift", 0))
     started = time.perf_counter()
     logits = {"float": predict(float_model, data.test_x), "quantized": predict(packed, data.test_x)}
     shift = {"float": evaluate_shifts(float_model, data), "quantized": evaluate_shifts(packed, data)}
@@ -93,6 +95,7 @@ def deliver(
         "time": {**seconds, "export": export_seconds, "shift": shift_seconds},
     }
     metrics["time"]["total"] = sum(metrics["time"].values())
+    tell(Event("report", 0))
     del metrics["cost"]["layers"]  # they are in plan.json
     write_json(out / "metrics.json", metrics)
     _write_predictions(out / "predictions.npz", data, {name: rows.argmax(1) for name, rows in logits.items()})

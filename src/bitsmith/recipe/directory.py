@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,10 @@ def new_directory(name: str, runs: Path = RUNS) -> Path:
 
 def latest_directory(name: str, runs: Path = RUNS) -> Path:
     """The run that was last begun under this name, for --resume without --out. Raises RecipeError."""
-    found = [path for path in runs.glob(f"{name}*") if (path / "recipe.yaml").exists()]
+    numbered = re.compile(re.escape(name) + r"(-\d+)?")
+    found = [
+        path for path in runs.glob("*") if numbered.fullmatch(path.name) and (path / "recipe.yaml").exists()
+    ]
     if not found:
         raise _taken(runs / name, "there is no run to resume", "Leave --resume out, or name the run by --out")
     return max(found, key=lambda path: (path / "recipe.yaml").stat().st_mtime)

@@ -50,6 +50,7 @@ def run(
         if (directory / "report.html").exists():  # the last file that is written: nothing is left to do
             return read_json(directory / "metrics.json", "metrics file")
         tell = progress or silent
+        tell(Event("data", 0))
         data, model = read_inputs(recipe)
         tell(
             Event(
@@ -74,6 +75,7 @@ def _run(recipe: Recipe, out: Path, data: Data, model: nn.Module, tell: Progress
     history["float"], seconds["float"] = train_float(recipe, model, data, out, tell)
     float_model = copy.deepcopy(model).eval()
 
+    tell(Event("post_training", 0))
     started = time.perf_counter()
     coverage, methods = quantize(recipe, model, data)
     write_json(out / "coverage.json", coverage.to_dict())
