@@ -244,7 +244,6 @@ def test_inputs_are_left_untouched() -> None:
     assert all(torch.equal(t.detach(), copy) for t, copy in zip((x, s, g), before, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")  # dynamo's
 @pytest.mark.parametrize("estimator", ["clipped", "stochastic"])
 def test_compiled_is_equal_to_eager_bit_for_bit(estimator: str) -> None:
     torch.compiler.reset()

@@ -32,9 +32,10 @@ def test_a_group_holds_neighbouring_inputs_of_one_row() -> None:
     ]
 
 
-def test_a_ragged_last_group_is_padded_with_zeros() -> None:
-    groups = to_groups(torch.ones(2, 5), 4, flatten=True)
-    assert groups.tolist() == [[[1, 1, 1, 1], [1, 0, 0, 0]]] * 2
+def test_a_ragged_last_group_is_padded_with_its_last_value() -> None:
+    """Zeros would widen the range of a group that holds none."""
+    groups = to_groups(torch.tensor([[1.0, 2, 3, 4, 5], [9, 8, 7, 6, -5]]), 4, flatten=True)
+    assert groups.tolist() == [[[1, 2, 3, 4], [5] * 4], [[9, 8, 7, 6], [-5] * 4]]
 
 
 def test_groups_of_an_activation_keep_the_tokens_apart() -> None:
