@@ -154,7 +154,7 @@ def _describe(name: str, layer: IntegerLayer, layers: dict[str, IntegerLayer]) -
 def _built_in(config: dict[str, Any], where: Path) -> nn.Module:
     recipe = config.get("model")
     name = recipe.get("name") if isinstance(recipe, dict) else None
-    if name not in MODELS:
+    if not isinstance(name, str) or name not in MODELS:
         raise FormatError(
             "this model is not a built-in one",
             where=str(where),
@@ -235,7 +235,7 @@ def _layer(name: str, entry: dict[str, Any], tensors: dict[str, Tensor], made: d
         raise ValueError(f"{prefix}bias has shape {tuple(bias.shape)}")
     if kind == "linear":
         return IntegerLinear(weight, input, bias)
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["geometry"].items()}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["geometry"].items()}
     return IntegerConv(weight, input, bias, ConvGeometry(**values))
 
 
@@ -270,7 +270,8 @@ def _quantizer(site: str, entry: dict[str, Any] | None, tensors: dict[str, Tenso
 
 
 def _form(site: str, entry: dict[str, Any]) -> Form:
-    form = Form(**{key: tuple(v) if isinstance(v, list) else v for key, v in entry.items()})
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in entry.items()}
+    form = Form(**values)
     whole = [form.bits, form.group_size or 1, *(form.shape or ())]
     if not all(type(n) is int and n >= 1 for n in whole) or form.bits > 8:
         raise ValueError(f"{site} has impossible numbers: {form}")

@@ -169,7 +169,7 @@ class _Layer(nn.Module):
         super().__init__()
         self.name, self.layer, self.bias = name, layer, getattr(layer, "bias", None)
         if self.bias is not None:
-            layer.bias = None
+            layer.bias = None  # type: ignore[assignment]
         if isinstance(layer, IntegerConv) and self.bias is not None:
             self.bias = self.bias.view(-1, *[1] * (len(layer.weight.shape) - 2))
 
@@ -369,4 +369,5 @@ def _quiet() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
+    """What an error says, without the pages that follow in some of torch's."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -88,13 +88,13 @@ class CostModel:
     def _layer_bytes(self, layer: LayerCost, bits: Bits) -> Any:
         width = bits.get(layer.operands[0], FLOAT) if layer.weight_elements else FLOAT
         fixed = FLOAT_BYTES * layer.bias_elements
-        if isinstance(width, Tensor):
-            return fixed + layer.weight_elements * width / 8 + FLOAT_BYTES * layer.weight_scales
-        if width == FLOAT:
+        if not isinstance(width, Tensor) and width == FLOAT:
             return fixed + FLOAT_BYTES * layer.weight_elements
+        fixed += FLOAT_BYTES * (layer.weight_scales + layer.weight_zero_points)
+        if isinstance(width, Tensor) or width != int(width):
+            return fixed + layer.weight_elements * width / 8
         held = self.target.weight_containers.get(int(width), 8)
-        codes = math.ceil(layer.weight_elements * held / 8)
-        return fixed + codes + FLOAT_BYTES * (layer.weight_scales + layer.weight_zero_points)
+        return fixed + math.ceil(layer.weight_elements * held / 8)
 
     def average_bits(self, bits: Bits, kind: str) -> Any:
         """Mean bits over the elements of all weights ("weight") or of all operands that are activations."""
@@ -157,12 +157,13 @@ def measure(model: nn.Module, example: Any, target: str | Target | None = None) 
         if not isinstance(layer, QuantMatMul):
             counted.update(id(p) for p in (layer.bias,) if p is not None)
             bias = layer.weight.shape[0] if layer.bias is not None or entry.name in found.folds else 0
+            quantizer: Quantizer | None = layer.weight_quantizer
+            if quantizer is not None:
+                operands = (quantizer.name, second)  # a tied weight answers to its first name
             if id(layer.weight) not in counted:
                 counted.add(id(layer.weight))
                 elements = layer.weight.numel()
-                quantizer: Quantizer | None = layer.weight_quantizer
                 if quantizer is not None:
-                    operands = (quantizer.name, operands[1])  # a tied weight answers to its first name
                     scales = quantizer.range.shape[1]
                     zero_points = scales if quantizer.grid_name() == "asymmetric" else 0
         layers.append(
@@ -181,15 +182,15 @@ def measure(model: nn.Module, example: Any, target: str | Target | None = None) 
     for norm in found.folds.values():
         counted.update(id(t) for t in (*modules[norm].parameters(), *modules[norm].buffers()))
     own = {id(t) for q in quantizers.values() for t in (*q.parameters(), *q.buffers())}
-    plain = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in own}
+    # The state dict, not buffers(): what a model makes anew from its arguments is in no file.
+    plain = {id(t): t for t in model.state_dict(keep_vars=True).values() if id(t) not in own}
     other = sum(
         t.numel() * t.element_size() for i, t in plain.items() if i not in counted and not _is_counter(t)
     )
     for quantizer in quantizers.values():
-        if quantizer.kind == "activation" and quantizer.scheme.range != "dynamic":
-            other += (
-                FLOAT_BYTES * quantizer.range.shape[1] * (2 if quantizer.grid_name() == "asymmetric" else 1)
-            )
+        if quantizer.kind == "activation":  # a dynamic one stores its zero points alone
+            stored = (quantizer.scheme.range != "dynamic") + (quantizer.grid_name() == "asymmetric")
+            other += FLOAT_BYTES * quantizer.range.shape[1] * stored
     return CostModel(
         layers=tuple(layers),
         present={name: int(q.bits.expected()) for name, q in quantizers.items()},

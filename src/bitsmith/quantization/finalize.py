@@ -4,13 +4,12 @@ The trained model is left as it is: a copy is made in which every quantized laye
 (integer_layers), so that the two can be compared. BatchNorm behind a quantized layer is folded here, once,
 into scale and bias: s <- s * gamma / sigma leaves the codes untouched (a negative gamma gives a negative
 scale), where the usual way (fold into the weight, then quantize) gives codes that were never trained.
-It stays a float layer where the weight has one scale for the tensor, or is tied to another layer's.
+It stays a float layer where the weight has one scale for the tensor, or is tied (quantization.trace).
 """
 
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from typing import Any
 
 import torch
@@ -49,14 +48,7 @@ def finalize(model: nn.Module, example: Any) -> nn.Module:
             "this model has no quantized layer", where="finalize", remedy="Call bs.prepare(model, ...) first"
         )
     check_calibrated(model)
-    uses = Counter(id(layer.weight) for layer in layers.values() if not isinstance(layer, QuantMatMul))
-    norms: dict[str, Any] = {}
-    for name, norm in trace(model, example).folds.items():
-        layer = layers.get(name)
-        if layer is not None and not isinstance(layer, QuantMatMul) and uses[id(layer.weight)] == 1:
-            if layer.weight_quantizer is None or layer.weight_quantizer.scheme.granularity != "tensor":
-                norms[name] = model.get_submodule(norm)
-
+    norms = {name: model.get_submodule(norm) for name, norm in trace(model, example).folds.items()}
     # deepcopy takes what it finds in its memo for the copy: that is the whole swap.
     memo: dict[int, Any] = {id(norm): Folded(name) for name, norm in norms.items()}
     weights: dict[int, PackedWeight | FloatWeight] = {}

@@ -8,6 +8,7 @@ the sites' from shapes; what is left over is the difference.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bitsmith.errors import SiteError
-from bitsmith.quantization.layers import QuantConv1d, QuantConv2d, QuantLinear, QuantMatMul
+from bitsmith.quantization.layers import QuantConv1d, QuantConv2d, QuantLinear, QuantMatMul, in_eval_mode
 from bitsmith.quantization.quantizer import sites
+
+
+WITH_WEIGHTS = (QuantLinear, QuantConv1d, QuantConv2d)
 
 
 @dataclass
@@ -34,7 +38,8 @@ class LayerTrace:
 
 @dataclass
 class Trace:
-    """What one forward showed, per sample. folds: layer -> the BatchNorm that alone reads its output."""
+    """What one forward showed, per sample. folds: layer -> the BatchNorm that can be folded into it, because
+    it alone reads its output; not where the weight has one scale for the tensor, or is tied."""
 
     layers: dict[str, LayerTrace]
     folds: dict[str, str]
@@ -49,11 +54,13 @@ def trace(model: nn.Module, example: Any) -> Trace:
     """
     arguments = example if isinstance(example, tuple) else (example,)
     samples = arguments[0].shape[0]
-    names = {id(m): n for n, m in model.named_modules()}
+    modules: dict[str, Any] = dict(model.named_modules())
+    names = {id(m): n for n, m in modules.items()}
     layers: dict[str, LayerTrace] = {}
     consumers = _Consumers()
     producers: dict[int, str] = {}
     readers: dict[str, str] = {}
+    norm_calls: Counter[str] = Counter()
     called: set[str] = set()
 
     def after_layer(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -63,32 +70,33 @@ def trace(model: nn.Module, example: Any) -> Trace:
         entry.macs += _macs(layer, inputs, output)
         for operand, tensor in _operands(layer, inputs):
             site = f"{name}.{operand}" if name else operand
-            entry.operands[site] = entry.operands.get(site, 0) + tensor
+            entry.operands[site] = entry.operands.get(site, 0) + tensor.numel() // samples
         producers[id(output)] = name
         consumers.watch(output)
 
     def before_norm(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        norm_calls[names[id(norm)]] += 1
         if id(inputs[0]) in producers:
-            readers[producers[id(inputs[0])]] = names[id(norm)]
+            layer = modules[producers[id(inputs[0])]]
+            # Of a Linear's (N, T, C) a BatchNorm1d normalises T, which is not the axis of its weight.
+            if not isinstance(layer, QuantLinear) or inputs[0].ndim == 2:
+                readers[producers[id(inputs[0])]] = names[id(norm)]
 
     hooks = []
     for module in model.modules():
-        if isinstance(module, (QuantLinear, QuantConv1d, QuantConv2d, QuantMatMul)):
+        if isinstance(module, (*WITH_WEIGHTS, QuantMatMul)):
             hooks.append(module.register_forward_hook(after_layer))
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             hooks.append(module.register_forward_pre_hook(before_norm))
     quantizers = sites(model)
     for name, quantizer in quantizers.items():
         hooks.append(quantizer.register_forward_pre_hook(lambda _, __, name=name: called.add(name)))
-    was_training = model.training
-    model.eval()
     try:
-        with FlopCounterMode(display=False) as flops, consumers:
+        with in_eval_mode(model), FlopCounterMode(display=False) as flops, consumers:
             output = model(*arguments)
     finally:
         for hook in hooks:
             hook.remove()
-        model.train(was_training)
     dead = [name for name in quantizers if name not in called]
     if dead:
         raise SiteError(
@@ -98,14 +106,23 @@ def trace(model: nn.Module, example: Any) -> Trace:
         )
     for entry in layers.values():
         entry.macs //= samples
+    weight_uses = Counter(id(m.weight) for m in modules.values() if hasattr(m, "weight"))
     returned = {id(t) for t in torch.utils._pytree.tree_leaves(output)}
     folds = {
         producer: norm
         for producer, norm in readers.items()
-        if layers[producer].calls == 1 and consumers.uses(producer, producers, returned) == 1
+        if layers[producer].calls == norm_calls[norm] == consumers.uses(producer, producers, returned) == 1
+        and _can_fold(modules[producer], modules[norm], weight_uses)
     }
     total = flops.get_total_flops() // 2 // samples
     return Trace(layers, folds, max(total - sum(entry.macs for entry in layers.values()), 0))
+
+
+def _can_fold(layer: Any, norm: Any, weight_uses: Counter[int]) -> bool:
+    """Whether gamma / sigma, one factor per output channel, can go into scales that are the layer's own."""
+    if not isinstance(layer, WITH_WEIGHTS) or weight_uses[id(layer.weight)] > 1 or norm.running_var is None:
+        return False
+    return layer.weight_quantizer is None or layer.weight_quantizer.scheme.granularity != "tensor"
 
 
 class _Consumers(TorchDispatchMode):
@@ -139,8 +156,8 @@ def _macs(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> int:
     return output.numel() * layer.weight[0].numel()  # type: ignore[index]
 
 
-def _operands(layer: nn.Module, inputs: tuple[Tensor, ...]) -> list[tuple[str, int]]:
-    """(operand, elements per sample); a weight counts once."""
+def _operands(layer: nn.Module, inputs: tuple[Tensor, ...]) -> list[tuple[str, Tensor]]:
+    """(operand, activation) of a layer."""
     if isinstance(layer, QuantMatMul):
-        return [("left", inputs[0][0].numel()), ("right", inputs[1][0].numel())]
-    return [("input", inputs[0][0].numel())]
+        return [("left", inputs[0]), ("right", inputs[1])]
+    return [("input", inputs[0])]
