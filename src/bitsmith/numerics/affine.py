@@ -21,6 +21,7 @@ memory); under torch.compile and for second derivatives the same formulas stand 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ def fake_quantize(
     half: Tensor | None = None,
     zero_point: Tensor | None = None,
     *,
+    exponent: Tensor | None = None,
     estimator: Estimator = "clipped",
     clip_only: bool = False,
     count: int = 1,
@@ -72,10 +74,15 @@ def fake_quantize(
     - zero_point: -scale * sum of g * (1 - m), LSQ+ (2004.09576) in units of codes. It is rounded here,
       straight-through, so that what is trained is an integer that a runtime holds.
 
+    ``exponent`` makes the scale ``scale * 2^exponent`` and takes the gradient in its stead: the learned form,
+    whose chain rule is cheaper here than as operators of autograd's.
+
     ``seed`` (an int64 tensor of one element) turns on stochastic rounding: up with the probability that
     makes the expectation exact.
     """
-    return _FakeQuantize.apply(x, scale, low, high, half, zero_point, estimator, clip_only, count, seed)
+    return _FakeQuantize.apply(
+        x, scale, exponent, low, high, half, zero_point, estimator, clip_only, count, seed
+    )
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -84,6 +91,7 @@ class _FakeQuantize(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         scale: Tensor,
+        exponent: Tensor | None,
         low: Tensor,
         high: Tensor,
         half: Tensor | None,
@@ -93,15 +101,17 @@ class _FakeQuantize(torch.autograd.Function):
         count: int,
         seed: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, scale, low, high, half, zero_point, seed)
+        ctx.save_for_backward(x, scale, exponent, low, high, half, zero_point, seed)
         ctx.rule = (estimator, clip_only, count)
-        return _levels_(x / scale, low, high, half, zero_point, seed).mul_(scale)
+        s = scale if exponent is None else scale * torch.exp2(exponent)
+        return _levels_(x / s, low, high, half, zero_point, seed).mul_(s)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, low, high, half, zero_point, seed = ctx.saved_tensors
+        x, scale, exponent, low, high, half, zero_point, seed = ctx.saved_tensors
         estimator, clip_only, count = ctx.rule
-        u = x / scale
+        s = scale if exponent is None else scale * torch.exp2(exponent)
+        u = x / s
         q = _levels_(u.clone(), low, high, half, zero_point, seed)
         reach = 0.5 if seed is None else 1.0
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -112,17 +122,18 @@ class _FakeQuantize(torch.autograd.Function):
         else:
             gm = torch.sub(q, u).abs_().le_(reach).mul_(g)
 
-        d_scale = d_zero_point = None
-        if ctx.needs_input_grad[1]:
-            inner = _sum_to(gm, q if clip_only else u, scale)
-            positive = torch.maximum(high, ((high - low) / 2).floor()).clamp(min=1)  # LSQ's Qp, whatever z is
-            d_scale = (_sum_to(g, q, scale) - inner) * (positive * count).rsqrt()
-        if zero_point is not None and ctx.needs_input_grad[5]:
-            d_zero_point = -scale * _sum_to(g - gm, None, scale)
+        d_scale = d_exponent = d_zero_point = None
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            inner = _sum_to(gm, q if clip_only else u, s)
+            d_scale = (_sum_to(g, q, s) - inner) * (high.clamp(min=1) * count).rsqrt()
+            if exponent is not None:
+                d_scale, d_exponent = None, d_scale * s * math.log(2)
+        if zero_point is not None and ctx.needs_input_grad[6]:
+            d_zero_point = -s * _sum_to(g - gm, None, s)
         d_x = g if estimator == "pure" else gm
         if estimator in SURROGATES:
             d_x = d_x * SURROGATES[estimator](g, u if half is None else u - half, q - u, high - low)
-        return d_x, d_scale, None, None, None, d_zero_point, None, None, None, None
+        return d_x, d_scale, d_exponent, None, None, None, d_zero_point, None, None, None, None
 
 
 def _levels_(

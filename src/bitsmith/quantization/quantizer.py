@@ -7,7 +7,7 @@ eager and compiled. The bit-width (quantization.bits) names the rows in play; no
 bit-width it is.
 
 Differences from the well-known implementations: no "initialised" flag and no state born in forward (an
-uncalibrated site has base_scale 0 and is refused by `check_calibrated`); low and high are *levels*, with the
+uncalibrated site has base_scale NaN, gives NaN, and is refused by `check_calibrated`); low and high are *levels*, with the
 zero point already subtracted, so that an asymmetric grid costs forward nothing; which is why `zero_point` is
 a buffer that only export reads.
 """
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bitsmith.errors import SiteError
+from bitsmith.errors import SchemeError, SiteError
 from bitsmith.numerics import affine, blocks
 from bitsmith.numerics.calibrate import calibrate as calibrate_values
 from bitsmith.numerics.grid import bounds
@@ -72,22 +72,30 @@ class Quantizer(nn.Module):
         super().__init__()
         self.name, self.kind, self.scheme, self.view, self.axis = name, kind, scheme, view, axis
         self.seq_allowed = seq_allowed and kind == "weight"
-        self.bits = FixedBits(scheme.bits)
-        self.range = nn.Parameter(
-            torch.zeros(1, channels), requires_grad=scheme.range in ("lsq", "lsq+", "pact")
-        )
-        self.zero_shift = nn.Parameter(torch.zeros(1, channels)) if scheme.range == "lsq+" else None
-        for buffer in ("base_scale", "zero_point", "low", "high"):
-            self.register_buffer(buffer, torch.zeros(1, channels))
-        halves = (
-            scheme.grid == "seq" or (scheme.grid == "auto" and self.seq_allowed) or scheme.range == "dorefa"
-        )
-        self.register_buffer("half_step", torch.zeros(1, 1) if halves else None)
         # Element noise is a hash of this seed and the index; `redraw` moves it between steps.
         self.register_buffer(
             "seed", torch.zeros(1, dtype=torch.int64) if scheme.estimator == "stochastic" else None
         )
-        self._set_bounds(0, self.grid_at(scheme.bits), scheme.bits)
+        self._make_rows(FixedBits(scheme.bits), channels)
+
+    def _make_rows(self, bits: BitWidth, channels: int) -> None:
+        """A row for every candidate of ``bits``, not calibrated yet."""
+        scheme, like = self.scheme, bits.candidates
+        rows = len(like)
+        self.bits = bits
+        self.range = nn.Parameter(
+            like.new_zeros(rows, channels), requires_grad=scheme.range in ("lsq", "lsq+", "pact")
+        )
+        self.zero_shift = nn.Parameter(like.new_zeros(rows, channels)) if scheme.range == "lsq+" else None
+        self.register_buffer("base_scale", like.new_full((rows, channels), torch.nan))
+        for buffer in ("zero_point", "low", "high"):
+            self.register_buffer(buffer, like.new_zeros(rows, channels))
+        halves = (
+            scheme.grid == "seq" or (scheme.grid == "auto" and self.seq_allowed) or scheme.range == "dorefa"
+        )
+        self.register_buffer("half_step", like.new_zeros(rows, 1) if halves else None)
+        for row, width in enumerate(like.int().tolist()):
+            self._set_bounds(row, self.grid_at(width), width)
 
     def extra_repr(self) -> str:
         """Width, grid and granularity, for print(model)."""
@@ -116,27 +124,27 @@ class Quantizer(nn.Module):
         low, high, half, scheme = self.low, self.high, self.half_step, self.scheme
         shift: Tensor | None = self.zero_shift
         base_scale: Tensor = self.base_scale
-        exponent: Tensor = self.range
+        exponent: Tensor | None = self.range
         if low.shape[0] > 1:  # a row is data, so that one compiled graph serves every width
             low, high = low.index_select(0, row), high.index_select(0, row)
-            base_scale, exponent = base_scale.index_select(0, row), exponent.index_select(0, row)
+            base_scale, exponent = base_scale.index_select(0, row), self.range.index_select(0, row)
             half = None if half is None else half.index_select(0, row)
             shift = None if shift is None else shift.index_select(0, row)
         if scheme.range == "dynamic" or (scheme.range == "dorefa" and self.kind == "weight"):
-            scale, low, high = self._dynamic(v, low, high, half)
-        else:
-            scale, low, high = (
-                (base_scale * torch.exp2(exponent)).view(self.view),
-                low.view(self.view),
-                high.view(self.view),
-            )
+            base_scale, low, high = self._dynamic(v, low, high, half)
+            exponent = None
+        elif self.view != (1,):
+            assert exponent is not None
+            base_scale, exponent = base_scale.view(self.view), exponent.view(self.view)
+            low, high = low.view(self.view), high.view(self.view)
         return affine.fake_quantize(
             v,
-            scale,
+            base_scale,
             low,
             high,
-            half if half is None else half.view(-1),
+            half,
             shift if shift is None else shift.view(self.view),
+            exponent=exponent,
             estimator=scheme.estimator,
             clip_only=scheme.range == "pact",
             count=v[0].numel() if self.kind == "activation" else v.numel() // self.range.shape[1],
@@ -169,26 +177,21 @@ class Quantizer(nn.Module):
         if self.zero_shift is not None:
             zero_point += self.zero_shift[row].detach().round()
         half = 0.0 if self.half_step is None else float(self.half_step[row])
-        width = int(self.bits.candidates[row if len(self.bits.candidates) > 1 else 0])
-        return Levels(width, scale, zero_point.view(self.view), int(low[0]), int(high[0]), half)
+        return Levels(int(self.bits.candidates[row]), scale, zero_point.view(self.view), int(low[0]), int(high[0]), half)
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """Stored codes of x at the row in play, int16, in the shape of x's blocks (with groups: by group)."""
-        scheme = self.scheme
-        if scheme.range == "dorefa" and self.kind == "weight":
-            x = dorefa(x)
-        v = x if scheme.group_size is None else blocks.to_groups(x, scheme.group_size, self.kind == "weight")
-        at = self.levels()
-        return affine.quantize(v, self.stored_scale(x), at.low, at.high, at.half, at.zero_point).to(
-            torch.int16
-        )
+        scheme, at, scale = self.scheme, self.levels(), self.stored_scale(x)
+        v = dorefa(x) if scheme.range == "dorefa" and self.kind == "weight" else x
+        v = v if scheme.group_size is None else blocks.to_groups(v, scheme.group_size, self.kind == "weight")
+        return affine.quantize(v, scale, at.low, at.high, at.half, at.zero_point).to(torch.int16)
 
     @torch.no_grad()
     def stored_scale(self, x: Tensor) -> Tensor:
         """The scale that goes with ``codes(x)``, in the shape that broadcasts against them."""
         if self.scheme.range == "dynamic" or (self.scheme.range == "dorefa" and self.kind == "weight"):
-            v = dorefa(x) if self.scheme.range == "dorefa" else x
+            v = dorefa(x) if self.scheme.range == "dorefa" else x.float()
             if self.scheme.group_size is not None:
                 v = blocks.to_groups(v, self.scheme.group_size, self.kind == "weight")
             row = int(self.bits.rows[0])
@@ -226,13 +229,22 @@ class Quantizer(nn.Module):
         if self.half_step is not None:
             self.half_step[row] = half
 
+    def is_trained(self) -> bool:
+        """Whether training moved the range away from its calibration."""
+        return bool(self.range.any()) or (self.zero_shift is not None and bool(self.zero_shift.any()))
+
     @torch.no_grad()
-    def calibrate(self, values: Tensor, low: float, high: float) -> None:
-        """Set scales and grids of all rows from ``values`` (C, n) whose extremes are ``low`` and ``high``."""
-        for row, width in enumerate(self.bits.candidates.int().tolist()):
+    def calibrate(self, values: Tensor, low: float, high: float, row: int | None = None) -> None:
+        """Set scales and grids from ``values`` (C, n) whose extremes are ``low`` and ``high``: of all rows, or
+        of one. What was learned there is given up."""
+        widths = self.bits.candidates.int().tolist()
+        for row in range(len(widths)) if row is None else [row]:
+            width = widths[row]
             grid = self.grid_at(width)
             if self.kind == "activation" and self.scheme.grid == "auto":
                 grid = activation_grid(low, high)
+                if grid == "asymmetric" and (self.scheme.range == "dynamic" or self.scheme.calibration == "lsq"):
+                    grid = "symmetric"  # these two have a rule for the scale alone
             lowest, highest, half = bounds(grid, width)  # type: ignore[arg-type]
             if grid == "symmetric" and width == 1:
                 lowest, highest = 0, 1
@@ -247,26 +259,59 @@ class Quantizer(nn.Module):
                 )
             self._set_bounds(row, grid, width, zero_point)
             self.base_scale[row] = scale
+            self._forget(row)
+
+    def _forget(self, row: int) -> None:
+        self.range[row] = 0
+        if self.zero_shift is not None:
+            self.zero_shift[row] = 0
+
+    @torch.no_grad()
+    def set_bits(self, bits: BitWidth, weight: Tensor | None = None) -> None:
+        """Give the site another bit-width, with a row for each of its candidates; before an optimizer is made.
+
+        The rows of a ``weight`` are calibrated here, those of an activation wait for `calibrate`. Raises
+        SiteError where a method owns the bits already, SchemeError where the grid has no such width.
+        """
+        if type(self.bits) is not FixedBits:
+            raise SiteError(
+                "the bits of this site belong to another method",
+                where=self.name,
+                got=type(self.bits).__name__,
+                remedy="Attach one method that decides bits, or give each its own sites",
+            )
+        for width in bits.candidates.int().tolist():
+            self._check_width(width)
+        self._make_rows(bits.to(self.range.device), self.range.shape[1])
+        if weight is not None:
+            self.calibrate(*observe_weight(self, weight))
+
+    def _check_width(self, bits: int) -> None:
+        if self.scheme.replace(self.name, bits=bits).is_float:
+            raise SchemeError("a site has no float width", where=f"{self.name}.bits", expected="1 to 8")
 
     @torch.no_grad()
     def commit(self, bits: int, x: Tensor | None = None) -> bool:
-        """Fix the width. Where no row has it, a row is made over: weights (x) calibrate anew, activations
-        stretch their step to the same range. Returns whether the width was among the trained ones."""
+        """Fix the width. Where no row has it, the nearest row is made over: weights (x) calibrate anew,
+        activations stretch their step to the same range. Returns whether the width was among the trained ones.
+        Raises SchemeError where the grid has no such width."""
+        self._check_width(bits)
         candidates = self.bits.candidates.int().tolist()
-        trained = bits in candidates
-        before = self.levels()
-        self.bits.commit(bits)
-        if trained:
+        near = min(candidates, key=lambda width: abs(width - bits))
+        self.bits.commit(near)
+        if near == bits:
             return True
-        grid = self.grid_at(bits) if self.kind == "weight" else self.grid_name()
-        if self.kind == "weight" and x is not None:
-            self.range.zero_()
-            self.calibrate(*observe_weight(self, x))
+        row, before, grid = candidates.index(near), self.levels(), self.grid_name()
+        self.bits.candidates[row] = bits
+        self.bits.commit(bits)
+        if x is not None:
+            self.calibrate(*observe_weight(self, x), row)
         else:
             old, new = before.high - before.low, bounds(grid, bits)[1] - bounds(grid, bits)[0]  # type: ignore[arg-type]
-            zero_point = (before.zero_point.view(-1) * new / old).round()
-            self._set_bounds(0, grid, bits, zero_point)
-            self.base_scale[0] *= old / new
+            if self.zero_shift is not None:
+                self.zero_shift[row] = 0  # it is in before.zero_point
+            self._set_bounds(row, grid, bits, (before.zero_point.view(-1) * new / old).round())
+            self.base_scale[row] *= old / new
         return False
 
 
