@@ -74,7 +74,7 @@ def read_json(path: str | os.PathLike[str], what: str = "file") -> dict[str, Any
         raise FormatError(f"there is no such {what}", where=str(path), remedy="Check the path") from None
     except (IsADirectoryError, PermissionError) as error:
         raise FormatError(f"this {what} cannot be read ({error.strerror})", where=str(path)) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(
             f"this {what} is not valid JSON ({error})",
             where=str(path),

@@ -5,7 +5,7 @@ from bitsmith.quantization.bits import BitWidth, FixedBits
 from bitsmith.quantization.cost import CostModel, measure
 from bitsmith.quantization.layers import MatMul
 from bitsmith.quantization.observe import calibrate
-from bitsmith.quantization.plan import CommitReport, Plan, PlannedSite, commit, plan_of
+from bitsmith.quantization.plan import CommitReport, Plan, PlannedSite, commit, plan_of, set_bits
 from bitsmith.quantization.prepare import Coverage, parameter_groups, prepare
 from bitsmith.quantization.quantizer import Quantizer, check_calibrated, redraw, sites
 from bitsmith.quantization.scheme import FLOAT, Scheme
@@ -36,6 +36,7 @@ __all__ = [
     "prepare",
     "redraw",
     "reestimate_batchnorm",
+    "set_bits",
     "sites",
     "trace",
 ]

@@ -9,6 +9,9 @@ carry sites; a function call inside a forward cannot.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -86,3 +89,24 @@ SWAPS: dict[type[nn.Module], tuple[type[nn.Module], tuple[str, ...]]] = {
     nn.Conv2d: (QuantConv2d, ("weight", "input")),
     MatMul: (QuantMatMul, ("left", "right")),
 }
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Site -> the weight that is quantized there; a tied one under its site's name."""
+    return {
+        layer.weight_quantizer.name: layer.weight
+        for layer in model.modules()
+        if isinstance(layer, (QuantLinear, QuantConv1d, QuantConv2d)) and layer.weight_quantizer is not None
+    }
+
+
+@contextlib.contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, every module is in eval mode; afterwards each is in its own again (a frozen BatchNorm, too)."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -6,6 +6,7 @@ rule (numerics.calibrate) is stable, small enough that calibrating a large model
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from bitsmith.errors import DataError, SiteError
 from bitsmith.numerics import blocks
+from bitsmith.quantization.layers import in_eval_mode
 from bitsmith.quantization.quantizer import Quantizer, sites
 
 SAMPLE = 2**18
@@ -29,7 +31,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, overwrite: bool = Fal
     """
     activations = {name: q for name, q in sites(model).items() if q.kind == "activation"}
     for name, quantizer in activations.items():
-        if not overwrite and bool(quantizer.range.any()):
+        if not overwrite and quantizer.is_trained():
             raise SiteError(
                 "this range was trained; calibrating would wipe it",
                 where=name,
@@ -45,16 +47,21 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, overwrite: bool = Fal
             if (quantizer.scheme.granularity == "channel")
             else x.reshape(1, -1)
         )
-        low, high = extremes.get(quantizer.name, (float("inf"), float("-inf")))
-        extremes[quantizer.name] = (min(low, float(values.min())), max(high, float(values.max())))
+        lowest, highest = (float(v) for v in values.aminmax())
+        if not (math.isfinite(lowest) and math.isfinite(highest)):
+            raise DataError(
+                "activations are not finite here",
+                where=quantizer.name,
+                remedy="The float model itself produces NaN or infinity",
+            )
+        low, high = extremes.get(quantizer.name, (lowest, highest))
+        extremes[quantizer.name] = (min(low, lowest), max(high, highest))
         step = -(-values.numel() // SAMPLE_PER_BATCH) | 1  # odd: no beat with widths and channels
         seen[quantizer.name].append(values[:, ::step].clone())
 
     def passes(quantizer: Quantizer, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return arguments[0]
 
-    was_training = model.training
-    model.eval()
     hooks = []
     for quantizer in sites(model).values():
         if quantizer.kind == "activation":
@@ -62,23 +69,23 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, overwrite: bool = Fal
         hooks.append(quantizer.register_forward_hook(passes))
     count = 0
     try:
-        for batch in batches:
-            arguments = batch if isinstance(batch, tuple) else (batch,)
-            if any(
-                isinstance(a, Tensor) and a.is_floating_point() and not bool(a.isfinite().all())
-                for a in arguments
-            ):
-                raise DataError(
-                    "calibration data has NaN or infinite values",
-                    where=f"batch {count}",
-                    remedy="Clean the data",
-                )
-            model(*arguments)
-            count += 1
+        with in_eval_mode(model):
+            for batch in batches:
+                arguments = batch if isinstance(batch, tuple) else (batch,)
+                if any(
+                    isinstance(a, Tensor) and a.is_floating_point() and not bool(a.isfinite().all())
+                    for a in arguments
+                ):
+                    raise DataError(
+                        "calibration data has NaN or infinite values",
+                        where=f"batch {count}",
+                        remedy="Clean the data",
+                    )
+                model(*arguments)
+                count += 1
     finally:
         for hook in hooks:
             hook.remove()
-        model.train(was_training)
     if not count:
         raise DataError("there is no batch to calibrate on", where="calibrate")
     for name, quantizer in activations.items():
@@ -89,14 +96,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, overwrite: bool = Fal
                 remedy="The model bypasses this layer: set its bits to 32 in overrides, or remove it",
             )
         values = torch.cat(seen[name], 1)
-        if not bool(values.isfinite().all()):
-            raise DataError(
-                "activations are not finite here",
-                where=name,
-                remedy="The float model itself produces NaN or infinity",
-            )
         values = values[:, :: -(-values.numel() // SAMPLE) | 1]
         if len(values) == 1:  # min-max is exact, whatever the sample missed
-            values = torch.cat([values, torch.tensor([extremes[name]])], 1)
-        quantizer.range.zero_()
+            values = torch.cat([values, values.new_tensor([extremes[name]])], 1)
         quantizer.calibrate(values, *extremes[name])

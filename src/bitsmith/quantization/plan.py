@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import nn
 
 from bitsmith.errors import FormatError, SiteError, nearest
 from bitsmith.files import read_json, write_json
-from bitsmith.quantization.layers import QuantConv1d, QuantConv2d, QuantLinear
+from bitsmith.quantization.bits import BitWidth
+from bitsmith.quantization.layers import weights_of
 from bitsmith.quantization.quantizer import Quantizer, sites
 
 VERSION = 1
@@ -144,22 +145,32 @@ def commit(model: nn.Module, plan: Plan | Mapping[str, int]) -> CommitReport:
     """
     bits = plan.bits if isinstance(plan, Plan) else dict(plan)
     quantizers = sites(model)
-    for name in bits:
-        if name not in quantizers:
-            raise SiteError(
-                "the plan has a site that the model has not",
-                where=name,
-                remedy=f"The nearest are {', '.join(nearest(name, quantizers) or list(quantizers)[:3])}",
-            )
+    _check_names(bits, quantizers, "the plan has a site that the model has not")
     missing = [name for name in quantizers if name not in bits]
     if missing:
         raise SiteError("the plan says nothing of this site", where=missing[0], remedy="Add it to the plan")
-    weights = {
-        layer.weight_quantizer.name: layer.weight
-        for layer in model.modules()
-        if isinstance(layer, (QuantLinear, QuantConv1d, QuantConv2d)) and layer.weight_quantizer is not None
-    }
+    weights = weights_of(model)
     trained = {name: quantizers[name].commit(width, weights.get(name)) for name, width in bits.items()}
     return CommitReport(
         tuple(n for n, t in trained.items() if t), tuple(n for n, t in trained.items() if not t)
     )
+
+
+def set_bits(model: nn.Module, widths: Mapping[str, BitWidth]) -> None:
+    """Give sites other bit-widths, each with a row per candidate: what a method that decides bits does in
+    `attach`. Weights are calibrated, activations wait for `calibrate`.
+
+    Raises SiteError for an unknown site or one that another method owns, SchemeError for a width that its
+    grid has not.
+    """
+    quantizers, weights = sites(model), weights_of(model)
+    _check_names(widths, quantizers, "there is no such site")
+    for name, width in widths.items():
+        quantizers[name].set_bits(width, weights.get(name))
+
+
+def _check_names(names: Iterable[str], quantizers: Mapping[str, Quantizer], what: str) -> None:
+    for name in names:
+        if name not in quantizers:
+            close = nearest(name, quantizers) or list(quantizers)[:3]
+            raise SiteError(what, where=name, remedy=f"The nearest are {', '.join(close)}")

@@ -89,6 +89,14 @@ class Scheme:
                 got=self.range,
                 expected="dynamic with granularity token",
             )
+        if self.grid == "asymmetric" and (self.range == "dynamic" or self.calibration == "lsq"):
+            rule = "range dynamic" if self.range == "dynamic" else "calibration lsq"
+            raise SchemeError(
+                f"{rule} has no rule for a zero point",
+                where="grid",
+                got="asymmetric",
+                expected="auto, symmetric or unsigned",
+            )
         if self.grid == "symmetric" and self.bits == 1:
             raise SchemeError(
                 "a symmetric grid of one bit is {-1, 0}",
