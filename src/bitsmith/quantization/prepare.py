@@ -9,14 +9,14 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from bitsmith.errors import SchemeError, SiteError, nearest
 from bitsmith.numerics.blocks import group_count
-from bitsmith.quantization.layers import SWAPS, QuantLinear
+from bitsmith.quantization.layers import SWAPS
 from bitsmith.quantization.quantizer import Quantizer, observe_weight, sites
 from bitsmith.quantization.scheme import FLOAT, Scheme
 from bitsmith.quantization.target import Target, get_target
@@ -112,57 +112,69 @@ def prepare(
             remedy="Put products that live in forward() into such modules",
         )
     schemes = _schemes(operands, weights, activations, overrides or {}, first_last_bits)
-    made: dict[int, Quantizer] = {}  # by parameter: a tied weight is one site
-    for layer_name, layer, operand in operands:
-        _swap(layer)
-        name = f"{layer_name}.{operand}" if layer_name else operand
-        kind = "weight" if operand == "weight" else "activation"
-        scheme = schemes[name]
-        quantizer = None
-        if scheme is not None and not scheme.is_float:
-            target.check(name, kind, scheme, type(layer).__name__)
-            tied = made.get(id(layer.weight)) if kind == "weight" else None
-            quantizer = tied if tied is not None else _quantizer(name, kind, scheme, layer, target)
-            if kind == "weight":
-                made[id(layer.weight)] = quantizer
-        setattr(layer, f"{operand}_quantizer", quantizer)
-    for _, layer, operand in operands:
-        if operand == "weight" and layer.weight_quantizer is not None:
-            layer.weight_quantizer.calibrate(*observe_weight(layer.weight_quantizer, layer.weight))
+    made: dict[str, Quantizer | None] = {}
+    for operand in operands:  # all of them, before anything is changed: an error leaves the model as it was
+        scheme = schemes[operand.site]
+        if operand.site in made or scheme is None or scheme.is_float:
+            made.setdefault(operand.site, None)
+            continue
+        target.check(operand.site, operand.kind, scheme, type(operand.layer).__name__)
+        quantizer = made[operand.site] = _quantizer(operand, scheme, target)
+        if operand.kind == "weight":
+            quantizer.calibrate(*observe_weight(quantizer, operand.layer.weight))
+    for operand in operands:
+        if type(operand.layer) in SWAPS:
+            operand.layer.__class__ = SWAPS[type(operand.layer)][0]
+        setattr(operand.layer, f"{operand.name}_quantizer", made[operand.site])
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            # Its fast path in eval mode reads the weights of linear1 and linear2 past their quantizers.
+            module.activation_relu_or_gelu = 0
     model.bitsmith_target = target.name  # type: ignore[assignment]
     return coverage(model)
 
 
-def _operands(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
-    """(layer name, layer, operand) of every operand that can be a site. Subclasses are left alone: their
-    forward may not use the weight as their parent does (nn.MultiheadAttention's out_proj is one)."""
-    for name, module in model.named_modules():
-        for operand in SWAPS[type(module)][1] if type(module) in SWAPS else ():
-            yield name, module, operand
+class Operand(NamedTuple):
+    """One operand of a layer, and its site: a tied weight is one site, named after its first layer."""
+
+    site: str
+    name: str
+    layer: Any
+
+    @property
+    def kind(self) -> str:
+        return "weight" if self.name == "weight" else "activation"
 
 
-def _swap(layer: nn.Module) -> None:
-    if type(layer) in SWAPS:
-        layer.__class__ = SWAPS[type(layer)][0]
+def _operands(model: nn.Module) -> Iterator[Operand]:
+    """Every operand that can be a site. Subclasses are left alone: their forward may not use the weight as
+    their parent does (nn.MultiheadAttention's out_proj is one)."""
+    owners: dict[int, str] = {}
+    for layer_name, layer in model.named_modules():
+        for operand in SWAPS[type(layer)][1] if type(layer) in SWAPS else ():
+            site = f"{layer_name}.{operand}" if layer_name else operand
+            if operand == "weight":
+                site = owners.setdefault(id(layer.weight), site)
+            yield Operand(site, operand, layer)
 
 
 def _schemes(
-    operands: list[tuple[str, Any, str]],
+    operands: list[Operand],
     weights: Scheme | None,
     activations: Scheme | None,
     overrides: Mapping[str, Mapping[str, Any]],
     first_last_bits: int | None,
 ) -> dict[str, Scheme | None]:
     """The scheme of every site: defaults, then first and last layer, then overrides in their order."""
-    with_weights = [name for name, _, operand in operands if operand == "weight"]
-    ends = {with_weights[0], with_weights[-1]} if with_weights and first_last_bits else set()
+    with_weights = [operand.layer for operand in operands if operand.kind == "weight"]
+    ends = [with_weights[0], with_weights[-1]] if with_weights and first_last_bits else []
     schemes: dict[str, Scheme | None] = {}
-    for layer_name, _, operand in operands:
-        name = f"{layer_name}.{operand}" if layer_name else operand
-        scheme = weights if operand == "weight" else activations
-        if scheme is not None and not scheme.is_float and layer_name in ends and first_last_bits:
-            scheme = scheme.replace(name, bits=first_last_bits)
-        schemes[name] = scheme
+    for operand in operands:
+        scheme = weights if operand.kind == "weight" else activations
+        if first_last_bits and scheme is not None and not scheme.is_float and operand.layer in ends:
+            schemes[operand.site] = scheme.replace(operand.site, bits=first_last_bits)
+        else:
+            schemes.setdefault(operand.site, scheme)
     for pattern, changes in overrides.items():
         matched = fnmatch.filter(schemes, pattern)
         if not matched:
@@ -179,11 +191,12 @@ def _schemes(
     return schemes
 
 
-def _quantizer(name: str, kind: str, scheme: Scheme, layer: Any, target: Target) -> Quantizer:
+def _quantizer(operand: Operand, scheme: Scheme, target: Target) -> Quantizer:
     """The quantizer of one operand, its number of scales and their shape."""
+    name, kind, layer = operand.site, operand.kind, operand.layer
     if kind == "activation":
         if scheme.granularity == "channel":
-            if isinstance(layer, QuantLinear):
+            if isinstance(layer, nn.Linear):
                 return Quantizer(name, kind, scheme, channels=layer.in_features, view=(-1,), axis=-1)
             if hasattr(layer, "in_channels"):
                 ones = (1,) * (layer.weight.ndim - 2)
@@ -204,7 +217,6 @@ def _quantizer(name: str, kind: str, scheme: Scheme, layer: Any, target: Target)
                     got=scheme.range,
                     expected="dynamic",
                 )
-            return Quantizer(name, kind, scheme)
         return Quantizer(name, kind, scheme)
     weight: torch.Tensor = layer.weight
     seq = "seq" in target.weight_grids and not (
@@ -296,16 +308,17 @@ def parameter_groups(
     model: nn.Module, *, learning_rate: float, weight_decay: float = 0.0, range_factor: float = 1.0
 ) -> list[dict[str, Any]]:
     """Groups for a torch optimizer: weights with decay; biases and norms (one axis) without; ranges and zero
-    points with ``range_factor`` times the learning rate and no decay; methods' logits without decay."""
-    ranges = {id(p) for q in sites(model).values() for p in q.parameters()}
+    points with ``range_factor`` times the learning rate and no decay; bit-widths that train without decay."""
+    ranges = {id(p) for q in sites(model).values() for p in q.parameters(recurse=False)}
+    widths = {id(p) for q in sites(model).values() for p in q.bits.parameters()}
     groups: dict[str, list[nn.Parameter]] = {"weights": [], "others": [], "ranges": []}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if name.endswith("logits") or (parameter.ndim <= 1 and id(parameter) not in ranges):
-            groups["others"].append(parameter)
-        elif id(parameter) in ranges:
+        if id(parameter) in ranges:
             groups["ranges"].append(parameter)
+        elif id(parameter) in widths or name.endswith("logits") or parameter.ndim <= 1:
+            groups["others"].append(parameter)
         else:
             groups["weights"].append(parameter)
     settings = {"weights": (1.0, weight_decay), "others": (1.0, 0.0), "ranges": (range_factor, 0.0)}

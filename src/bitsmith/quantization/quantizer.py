@@ -7,9 +7,9 @@ eager and compiled. The bit-width (quantization.bits) names the rows in play; no
 bit-width it is.
 
 Differences from the well-known implementations: no "initialised" flag and no state born in forward (an
-uncalibrated site has base_scale NaN, gives NaN, and is refused by `check_calibrated`); low and high are *levels*, with the
-zero point already subtracted, so that an asymmetric grid costs forward nothing; which is why `zero_point` is
-a buffer that only export reads.
+uncalibrated site has base_scale NaN, gives NaN, and is refused by `check_calibrated`); low and high are
+*levels*, with the zero point already subtracted, so that an asymmetric grid costs forward nothing; which is
+why `zero_point` is a buffer that only export reads.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class Quantizer(nn.Module):
             exponent=exponent,
             estimator=scheme.estimator,
             clip_only=scheme.range == "pact",
-            count=v[0].numel() if self.kind == "activation" else v.numel() // self.range.shape[1],
+            count=(v[0].numel() if self.kind == "activation" else v.numel()) // self.range.shape[1],
             seed=self.seed if self.training else None,
         )
 
@@ -177,7 +177,8 @@ class Quantizer(nn.Module):
         if self.zero_shift is not None:
             zero_point += self.zero_shift[row].detach().round()
         half = 0.0 if self.half_step is None else float(self.half_step[row])
-        return Levels(int(self.bits.candidates[row]), scale, zero_point.view(self.view), int(low[0]), int(high[0]), half)
+        bits = int(self.bits.candidates[row])
+        return Levels(bits, scale, zero_point.view(self.view), int(low[0]), int(high[0]), half)
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
@@ -235,20 +236,21 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, values: Tensor, low: float, high: float, row: int | None = None) -> None:
-        """Set scales and grids from ``values`` (C, n) whose extremes are ``low`` and ``high``: of all rows, or
-        of one. What was learned there is given up."""
-        widths = self.bits.candidates.int().tolist()
-        for row in range(len(widths)) if row is None else [row]:
-            width = widths[row]
+        """Set scales and grids from ``values`` (C, n) whose extremes are ``low`` and ``high``: of all rows or
+        of one ``row``. What was learned there is given up."""
+        scheme = self.scheme
+        for k, width in enumerate(self.bits.candidates.int().tolist()):
+            if row not in (None, k):
+                continue
             grid = self.grid_at(width)
-            if self.kind == "activation" and self.scheme.grid == "auto":
+            if self.kind == "activation" and scheme.grid == "auto":
                 grid = activation_grid(low, high)
-                if grid == "asymmetric" and (self.scheme.range == "dynamic" or self.scheme.calibration == "lsq"):
+                if grid == "asymmetric" and (scheme.range == "dynamic" or scheme.calibration == "lsq"):
                     grid = "symmetric"  # these two have a rule for the scale alone
             lowest, highest, half = bounds(grid, width)  # type: ignore[arg-type]
             if grid == "symmetric" and width == 1:
                 lowest, highest = 0, 1
-            method = self.scheme.calibration
+            method = scheme.calibration
             if method == "lsq":
                 scale = 2 * values.abs().mean(1) / max(highest, 0.5) ** 0.5
                 zero_point = torch.zeros_like(scale)
@@ -257,18 +259,15 @@ class Quantizer(nn.Module):
                 scale, zero_point = calibrate_values(
                     method, values, float(lowest), float(highest), half, asymmetric=grid == "asymmetric"
                 )
-            self._set_bounds(row, grid, width, zero_point)
-            self.base_scale[row] = scale
-            self._forget(row)
-
-    def _forget(self, row: int) -> None:
-        self.range[row] = 0
-        if self.zero_shift is not None:
-            self.zero_shift[row] = 0
+            self._set_bounds(k, grid, width, zero_point)
+            self.base_scale[k] = scale
+            self.range[k] = 0
+            if self.zero_shift is not None:
+                self.zero_shift[k] = 0
 
     @torch.no_grad()
     def set_bits(self, bits: BitWidth, weight: Tensor | None = None) -> None:
-        """Give the site another bit-width, with a row for each of its candidates; before an optimizer is made.
+        """Give the site another bit-width, with a row for each candidate; before an optimizer is made.
 
         The rows of a ``weight`` are calibrated here, those of an activation wait for `calibrate`. Raises
         SiteError where a method owns the bits already, SchemeError where the grid has no such width.
@@ -293,8 +292,8 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def commit(self, bits: int, x: Tensor | None = None) -> bool:
         """Fix the width. Where no row has it, the nearest row is made over: weights (x) calibrate anew,
-        activations stretch their step to the same range. Returns whether the width was among the trained ones.
-        Raises SchemeError where the grid has no such width."""
+        activations stretch their step to the same range. Returns whether the width was a trained one. Raises
+        SchemeError where the grid has no such width."""
         self._check_width(bits)
         candidates = self.bits.candidates.int().tolist()
         near = min(candidates, key=lambda width: abs(width - bits))

@@ -21,7 +21,6 @@ from bitsmith.errors import SiteError
 from bitsmith.quantization.layers import QuantConv1d, QuantConv2d, QuantLinear, QuantMatMul, in_eval_mode
 from bitsmith.quantization.quantizer import sites
 
-
 WITH_WEIGHTS = (QuantLinear, QuantConv1d, QuantConv2d)
 
 
