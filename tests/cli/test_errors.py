@@ -37,7 +37,7 @@ RECIPES = {
     ),
     "glob without a match": (
         ['quantize.overrides={"conv9.weight": {bits: 4}}'],
-        ["overrides.conv9.weight", "matches no site", "conv4.weight"],
+        ["quantize.overrides.conv9.weight", "matches no site", "conv4.weight"],
     ),
     "group size that does not divide": (
         ["quantize.overrides={fc.weight: {granularity: group, group_size: 5}}"],
@@ -204,7 +204,17 @@ def test_a_model_that_cannot_be_quantized_is_one_line(
     monkeypatch.chdir(tmp_path)
     name = f"models_{len(model)}"
     Path(f"{name}.py").write_text(FACTORY + model)
-    result = bitsmith("run", "--json", "--out", "run", *QUICK, "--set", f"model={name}:make")
+    result = bitsmith(
+        "run",
+        "--json",
+        "--out",
+        "run",
+        *QUICK,
+        "--set",
+        f"model={name}:make",
+        "--set",
+        "quantize.overrides={}",
+    )
     assert_one_line(result.err, *fragments)
     assert result.code == 2
 

@@ -139,9 +139,11 @@ def prepare_sites(recipe: Recipe, model: nn.Module, plan: Plan | None) -> tuple[
         )
     except SiteError as error:
         site = error.where.removeprefix("overrides.")
-        if plan is None or site not in plan.sites:
-            raise
-        raise relocated(error, f"{recipe.plan}: sites.{site}") from None
+        if plan is not None and site in plan.sites:
+            raise relocated(error, f"{recipe.plan}: sites.{site}") from None
+        if error.where.startswith("overrides."):
+            raise relocated(error, f"quantize.{error.where}") from None
+        raise
     methods = build_methods(recipe.methods)
     for method in methods:
         method.attach(model)
