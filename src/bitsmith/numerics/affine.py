@@ -29,6 +29,8 @@ from torch import Tensor
 
 from bitsmith.numerics.rounding import SURROGATES, Estimator, hash_uniform
 
+EDGE = 1e-6  # half a step away is still inside: what rounds to the last level
+
 
 def quantize(
     x: Tensor,
@@ -114,20 +116,21 @@ class _FakeQuantize(torch.autograd.Function):
         u = x / s
         q = _levels_(u.clone(), low, high, half, zero_point, seed)
         reach = 0.5 if seed is None else 1.0
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if torch.is_grad_enabled() or compiling:
             inside = ((q - u).abs() <= reach).to(g.dtype)
             gm = g * inside
-            if not torch.compiler.is_compiling():  # second derivatives: straight-through here, too
+            if not compiling:  # second derivatives: straight-through here, too
                 q = torch.where(inside > 0, u + (q - u).detach(), q)
-        else:
-            gm = torch.sub(q, u).abs_().le_(reach).mul_(g)
+        else:  # hardtanh's backward is the one operator that masks by a range in one pass
+            gm = torch.ops.aten.hardtanh_backward(g, q - u, -reach - EDGE, reach + EDGE)
 
         d_scale = d_exponent = d_zero_point = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             inner = _sum_to(gm, q if clip_only else u, s)
             d_scale = (_sum_to(g, q, s) - inner) * (high.clamp(min=1) * count).rsqrt()
             if exponent is not None:
-                d_scale, d_exponent = None, d_scale * s * math.log(2)
+                d_scale, d_exponent = None, d_scale * (s * math.log(2))
         if zero_point is not None and ctx.needs_input_grad[6]:
             d_zero_point = -s * _sum_to(g - gm, None, s)
         d_x = g if estimator == "pure" else gm
@@ -158,15 +161,10 @@ def _levels_(
 
 def _sum_to(a: Tensor, b: Tensor | None, like: Tensor) -> Tensor:
     """sum of a * b over the axes along which ``like`` is broadcast."""
-    if b is not None and like.numel() == 1 and not torch.is_grad_enabled() and _same_dense(a, b):
-        count = a.numel()  # in the order of memory, which channels_last tensors cannot be viewed in
-        return torch.dot(a.as_strided((count,), (1,)), b.as_strided((count,), (1,))).view(like.shape)
+    if b is not None and like.numel() == 1 and not torch.is_grad_enabled():
+        if a.is_contiguous() and b.is_contiguous():
+            return torch.dot(a.view(-1), b.view(-1)).view(like.shape)
+        if a.ndim == 4 and a.stride() == b.stride() and a.is_contiguous(memory_format=torch.channels_last):
+            count = a.numel()  # in the order of memory
+            return torch.dot(a.as_strided((count,), (1,)), b.as_strided((count,), (1,))).view(like.shape)
     return (a if b is None else a * b).sum_to_size(like.shape)
-
-
-def _same_dense(a: Tensor, b: Tensor) -> bool:
-    """Whether a and b lie in memory without gaps and in the same order."""
-    if a.is_contiguous():
-        return b.is_contiguous()
-    form = torch.channels_last
-    return a.ndim == 4 and a.is_contiguous(memory_format=form) and b.is_contiguous(memory_format=form)
