@@ -87,9 +87,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     except Exception as error:
-        # typer's own findings (unknown option, missing argument) carry format_message and exit_code
+        if type(error).__name__ == "Abort":  # what typer makes of a KeyboardInterrupt
+            return _fail("interrupted.", 130)
+        # typer's own findings (unknown option, missing argument) carry format_message; its classes have moved
+        # between releases
         if hasattr(error, "format_message"):
-            return _fail(_usage(error), 2)
+            return _fail(_usage(error), 2) if error.format_message() else 2  # no command: help was the answer
         if debug:
             raise
         return _fail(

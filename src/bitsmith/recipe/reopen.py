@@ -206,5 +206,8 @@ def export_run(
     packed = finalize(model.eval(), examples.example())
     paths = write_exports(packed, formats, path, examples.example())
     certificate = verify(model, packed, paths, to_float(examples.test_x), examples.test_y)
+    if (path / "certificate.json").exists():  # the files of other formats are still there
+        before = read_json(path / "certificate.json", "certificate")
+        certificate["exports"] = {**before.get("exports", {}), **certificate["exports"]}
     write_json(path / "certificate.json", certificate)
     return certificate, paths
