@@ -41,7 +41,7 @@ lint: $(READY)   ## format, rules, types and floors
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports --no-logo
+	$(BIN)/lint-imports --no-logo --no-cache
 
 format: $(READY) ## rewrite the sources as `make lint` wants them
 	$(BIN)/ruff format .

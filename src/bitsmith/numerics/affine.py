@@ -13,10 +13,11 @@ forward, so that what is trained is what a runtime computes.
 Differences from the well-known implementations. (1) x is divided by the scale, never multiplied by its
 inverse (17 % of the codes differ for inputs that lie on a grid; runtimes divide). (2) The result is the
 value itself, not x + (Q - x), which misses Q in a third of the cases. (3) "Inside the grid" means that x
-lies within half a step of a level (torch's fake_quantize, but for the very edge), where LSQ as printed uses -Qn < x/s < Qp: half a step
-narrower, and wrong for `seq`. (4) Backward saves x and the scale and computes the rest again: no second copy
-of an activation is kept. Its in-place arithmetic is what makes it cheap (an allocation costs four passes over
-memory); under torch.compile and for second derivatives the same formulas stand as expressions.
+lies within half a step of a level (torch's fake_quantize, but for the very edge), where LSQ as printed uses
+-Qn < x/s < Qp: half a step narrower, and wrong for `seq`. (4) Backward saves x and the scale and computes
+the rest again: no second copy of an activation is kept. Its in-place arithmetic is what makes it cheap (an
+allocation costs four passes over memory); under torch.compile and for second derivatives the same formulas
+stand as expressions.
 """
 
 from __future__ import annotations

@@ -29,12 +29,12 @@ SMOOTH_SHARPNESS = 4.0
 
 
 def ewgs(g: Tensor, u: Tensor, error: Tensor, steps: Tensor) -> Tensor:
-    """1 + d sign(g) (u - q)/steps: the farther x is from its level, the more its step is stretched or shrunk."""
+    """1 + d sign(g) (u - q)/steps: the farther x is from its level, the more its step is scaled."""
     return 1 - EWGS_FACTOR * torch.sign(g) * error / steps
 
 
 def smooth(g: Tensor, u: Tensor, error: Tensor, steps: Tensor) -> Tensor:
-    """Slope of floor + (1 + tanh(k t)/tanh(k/2))/2, t in -1/2..1/2 from one level to the next: its mean is 1."""
+    """Slope of floor + (1 + tanh(k t)/tanh(k/2))/2, t in -1/2..1/2 from level to level: its mean is 1."""
     within = u - torch.floor(u) - 0.5
     slope: Tensor = 1 - torch.tanh(SMOOTH_SHARPNESS * within).square()
     return slope * (SMOOTH_SHARPNESS / 2 / math.tanh(SMOOTH_SHARPNESS / 2))

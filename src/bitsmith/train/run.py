@@ -20,8 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bitsmith.errors import RecipeError, TrainingDiverged
 from bitsmith.methods.method import Method
-from bitsmith.quantization import parameter_groups
-from bitsmith.quantization import redraw, sites
+from bitsmith.quantization import parameter_groups, redraw, sites
 from bitsmith.train.average import Average
 from bitsmith.train.batches import Batches, MicroBatch
 from bitsmith.train.config import TrainConfig
