@@ -24,10 +24,16 @@ def machine() -> dict[str, Any]:
     if info.exists():
         text = info.read_text()
         flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
-        model = next((line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), model)
+        model = next(
+            (line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), model
+        )
     return {
         "processor": model,
-        "kind": "AVX512-VNNI" if "avx512_vnni" in flags else "AVX2" if "avx2" in flags else platform.machine(),
+        "kind": "AVX512-VNNI"
+        if "avx512_vnni" in flags
+        else "AVX2"
+        if "avx2" in flags
+        else platform.machine(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -28,7 +28,9 @@ from bitsmith.train.loop import train
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--bits", type=int, default=2, help="of weights and activations")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
@@ -43,7 +45,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--grid", default="auto", help="of the weights")
     parser.add_argument("--limit", type=int, default=None, help="use only so many training images")
     parser.add_argument("--validation", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the step: a third less time, minutes to start")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the step: a third less time, minutes to start"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/cifar10"), help="checkpoints")
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--table", action="store_true")
@@ -68,7 +72,10 @@ def point(options: argparse.Namespace) -> dict[str, Any]:
     some = [train_x[i : i + 256] / 255.0 for i in range(0, 1024, 256)]
     calibrate(model, some)
     post_training = evaluate(model, test_x, test_y)["accuracy"]
-    print(f"W{options.bits}A{options.bits}: float {float_accuracy:.2%}, post-training {post_training:.2%}", flush=True)
+    print(
+        f"W{options.bits}A{options.bits}: float {float_accuracy:.2%}, post-training {post_training:.2%}",
+        flush=True,
+    )
 
     if options.compile:
         model.compile()
@@ -81,7 +88,11 @@ def point(options: argparse.Namespace) -> dict[str, Any]:
 
     def tell(progress: Any) -> None:
         if progress.record:
-            print({k: round(v, 5) for k, v in progress.record.items()}, f"{time.strftime('%H:%M:%S')}", flush=True)
+            print(
+                {k: round(v, 5) for k, v in progress.record.items()},
+                f"{time.strftime('%H:%M:%S')}",
+                flush=True,
+            )
 
     config = TrainConfig(
         epochs=options.epochs,
@@ -96,7 +107,10 @@ def point(options: argparse.Namespace) -> dict[str, Any]:
         seed=options.seed,
     )
     settings = {k: v for k, v in vars(options).items() if k not in ("table", "work", "out")}
-    checkpoint = options.work / f"w{options.bits}-e{options.epochs}-s{options.seed}{'-val' if options.validation else ''}.safetensors"
+    checkpoint = (
+        options.work
+        / f"w{options.bits}-e{options.epochs}-s{options.seed}{'-val' if options.validation else ''}.safetensors"
+    )
     result = train(
         model,
         train_x,
@@ -128,7 +142,9 @@ def point(options: argparse.Namespace) -> dict[str, Any]:
 
 def table(points: dict[str, Any]) -> None:
     """Print what is there."""
-    print(f"{'point':<16}{'epochs':>7}{'float':>9}{'nearest':>9}{'QAT':>9}{'drop':>7}   drop after each epoch (points)")
+    print(
+        f"{'point':<16}{'epochs':>7}{'float':>9}{'nearest':>9}{'QAT':>9}{'drop':>7}   drop after each epoch (points)"
+    )
     for name, p in sorted(points.items()):
         curve = " ".join(f"{d:.2f}" for d in p["epochs"])
         print(
@@ -146,7 +162,9 @@ def main() -> None:
             print(f"validation: drop {found['drop_points']:.2f} points in {found['seconds']:.0f} s")
             return
         results = _results.load("cifar10", options.out)
-        points = results.get("points", {}) | {f"w{options.bits}a{options.bits} e{options.epochs} s{options.seed}": found}
+        points = results.get("points", {}) | {
+            f"w{options.bits}a{options.bits} e{options.epochs} s{options.seed}": found
+        }
         _results.save("cifar10", {"points": points}, options.out)
     table(_results.load("cifar10", options.out).get("points", {}))
 

@@ -119,7 +119,9 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
-def _step(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor], compiled: bool) -> Callable[[], None]:
+def _step(
+    model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor], compiled: bool
+) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(parameter_groups(model, learning_rate=1e-5), fused=True)
     forward = torch.compile(model) if compiled else model
 
@@ -132,7 +134,9 @@ def _step(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor], compile
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", default="", help="only cases whose name contains this")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
