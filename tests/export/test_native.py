@@ -1,5 +1,6 @@
 """Native files: round trips, sizes, and every way in which a file can be wrong."""
 
+import hashlib
 import json
 import struct
 from collections.abc import Callable
@@ -10,8 +11,9 @@ import torch
 from torch import nn
 
 from bitsmith.errors import FormatError
-from bitsmith.export.native import load, save, stored_tensors
+from bitsmith.export.native import CONFIG_DIGEST, load, save, stored_tensors
 from bitsmith.export.readers import read_native
+from bitsmith.files import load_tensors, save_tensors
 from bitsmith.quantization.cost import measure
 from bitsmith.quantization.finalize import finalize
 from bitsmith.quantization.integer_layers import PackedWeight, packed_sites
@@ -127,17 +129,14 @@ def test_an_independent_reader_finds_the_codes(tmp_path: Path) -> None:
 
 def change_config(directory: Path, change: Callable[[dict], None]) -> None:
     """Change config.json and make its digest right again: the reader itself must find the damage."""
-    from bitsmith.export.native import CONFIG_DIGEST
-    from bitsmith.files import load_tensors, save_tensors
-
     config = json.loads((directory / "config.json").read_text())
     change(config)
     text = json.dumps(config).encode()
     (directory / "config.json").write_bytes(text)
-    import hashlib
-
     tensors, metadata = load_tensors(directory / "model.safetensors")
-    save_tensors(directory / "model.safetensors", tensors, metadata | {CONFIG_DIGEST: hashlib.sha256(text).hexdigest()})
+    save_tensors(
+        directory / "model.safetensors", tensors, metadata | {CONFIG_DIGEST: hashlib.sha256(text).hexdigest()}
+    )
 
 
 def flip_a_byte(path: Path) -> None:
@@ -156,21 +155,42 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tensors": (lambda d: (d / "model.safetensors").unlink(), "there is no such model"),
     "not JSON": (lambda d: (d / "config.json").write_text("{"), "not valid JSON"),
     "a list": (lambda d: (d / "config.json").write_text("[]"), "not one of ours"),
-    "foreign": (lambda d: (d / "config.json").write_text('{"model_type": "llama"}'), "not a model of Bitsmith"),
-    "edited": (lambda d: (d / "config.json").write_text((d / "config.json").read_text() + " "), "not the one that"),
-    "truncated": (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-9]), "truncated"),
+    "foreign": (
+        lambda d: (d / "config.json").write_text('{"model_type": "llama"}'),
+        "not a model of Bitsmith",
+    ),
+    "edited": (
+        lambda d: (d / "config.json").write_text((d / "config.json").read_text() + " "),
+        "not the one that",
+    ),
+    "truncated": (
+        lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-9]),
+        "truncated",
+    ),
     "flipped": (lambda d: flip_a_byte(d / "model.safetensors"), "corrupted"),
     "other version": (lambda d: change_config(d, lambda c: c.update(version=2)), "another format version"),
     "no layers": (lambda d: change_config(d, lambda c: c.pop("layers")), "no entry 'layers'"),
-    "kind": (lambda d: change_config(d, lambda c: c["layers"]["head"].update(kind="lstm")), "no entry 'lstm'"),
+    "kind": (
+        lambda d: change_config(d, lambda c: c["layers"]["head"].update(kind="lstm")),
+        "no entry 'lstm'",
+    ),
     "bits": (lambda d: change_config(d, lambda c: weight(c).update(bits=7)), "not 7 bits each"),
     "9 bits": (lambda d: change_config(d, lambda c: weight(c).update(bits=9)), "impossible numbers"),
     "grid": (lambda d: change_config(d, lambda c: weight(c).update(grid="log")), "unknown kind"),
     "per tensor": (lambda d: change_config(d, lambda c: weight(c).update(granularity="tensor")), "5 scales"),
-    "shape": (lambda d: change_config(d, lambda c: weight(c).update(shape=[12, 5])), "another shape|scales|together"),
-    "layer": (lambda d: change_config(d, lambda c: c["layers"].update(nose=c["layers"]["head"])), "not in the model"),
+    "shape": (
+        lambda d: change_config(d, lambda c: weight(c).update(shape=[12, 5])),
+        "another shape|scales|together",
+    ),
+    "layer": (
+        lambda d: change_config(d, lambda c: c["layers"].update(nose=c["layers"]["head"])),
+        "not in the model",
+    ),
     "left out": (lambda d: change_config(d, lambda c: c["layers"].pop("head")), "lacks|more than"),
-    "geometry": (lambda d: change_config(d, lambda c: c["layers"]["stem"]["geometry"].pop("groups")), "groups"),
+    "geometry": (
+        lambda d: change_config(d, lambda c: c["layers"]["stem"]["geometry"].pop("groups")),
+        "groups",
+    ),
 }
 
 
@@ -188,7 +208,9 @@ def test_a_damaged_file_is_one_line_and_leaves_the_users_model_alone(
     assert type(mine.scores) is MatMul
 
 
-@pytest.mark.parametrize("name", ["os:system", "tests.export.problem:Small", "resnet", None, 3, ["digits_cnn"]])
+@pytest.mark.parametrize(
+    "name", ["os:system", "tests.export.problem:Small", "resnet", None, 3, ["digits_cnn"]]
+)
 def test_a_file_never_names_code_to_run(name: object, tmp_path: Path) -> None:
     save(finalize(prepared(), inputs()), tmp_path)
     change_config(tmp_path, lambda c: c.update(model={"name": name, "arguments": {}}))
@@ -198,7 +220,9 @@ def test_a_file_never_names_code_to_run(name: object, tmp_path: Path) -> None:
 
 def test_a_file_never_names_other_files(tmp_path: Path) -> None:
     save(finalize(prepared(), inputs()), tmp_path)
-    change_config(tmp_path, lambda c: c.update(model={"name": "resnet20", "arguments": {"weights": "/etc/passwd"}}))
+    change_config(
+        tmp_path, lambda c: c.update(model={"name": "resnet20", "arguments": {"weights": "/etc/passwd"}})
+    )
     with pytest.raises(FormatError, match="arguments"):
         load(tmp_path)
 

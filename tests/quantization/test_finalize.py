@@ -9,7 +9,13 @@ from torch import nn
 from bitsmith.errors import SiteError
 from bitsmith.numerics.pack import packed_size
 from bitsmith.quantization.finalize import finalize
-from bitsmith.quantization.integer_layers import Folded, IntegerConv, PackedWeight, packed_layers, packed_sites
+from bitsmith.quantization.integer_layers import (
+    Folded,
+    IntegerConv,
+    PackedWeight,
+    packed_layers,
+    packed_sites,
+)
 from bitsmith.quantization.layers import MatMul, QuantConv2d
 from bitsmith.quantization.observe import calibrate
 from bitsmith.quantization.prepare import prepare
@@ -33,7 +39,9 @@ class Layers(nn.Module):
         return result
 
 
-def layers(weights: Scheme, activations: Scheme | None, mode: str = "zeros") -> tuple[nn.Module, torch.Tensor]:
+def layers(
+    weights: Scheme, activations: Scheme | None, mode: str = "zeros"
+) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     model, x = Layers(mode), torch.randn(5, 3, 8, 8) + 0.5
     prepare(model, weights, activations, first_last_bits=None)
@@ -101,6 +109,15 @@ def test_trained_ranges_are_what_is_stored() -> None:
         assert torch.equal(finalize(model, x)(x), model(x))
 
 
+def test_trained_zero_points_are_what_is_stored() -> None:
+    model, x = layers(Scheme(bits=4, granularity="channel"), Scheme(bits=4, range="lsq+"))
+    for quantizer in sites(model).values():
+        if quantizer.zero_shift is not None:
+            nn.init.constant_(quantizer.zero_shift, 1.4)
+    with torch.no_grad():
+        assert torch.equal(finalize(model, x)(x), model(x))
+
+
 def test_the_trained_model_is_left_as_it_was() -> None:
     model, x = layers(Scheme(bits=4, granularity="channel"), Scheme(bits=8))
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -121,7 +138,10 @@ def test_packed_has_no_trainable_parameter_and_no_training_code() -> None:
 
 def norm_model(granularity: str = "channel") -> tuple[nn.Sequential, torch.Tensor]:
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Conv2d(2, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU()), torch.randn(4, 2, 6, 6)
+    model, x = (
+        nn.Sequential(nn.Conv2d(2, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU()),
+        torch.randn(4, 2, 6, 6),
+    )
     model[1].weight.data = torch.tensor([1.0, -1.0, 0.5, -2.0, 0.0, 3.0])
     model[1].bias.data.normal_()
     model[1].running_mean.normal_()

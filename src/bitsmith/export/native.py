@@ -60,7 +60,9 @@ def save(packed: nn.Module, directory: str | os.PathLike[str]) -> Path:
     """Write a finalized model to ``directory``. Each file is written atomically."""
     layers = packed_layers(packed)
     if not layers:
-        raise FormatError("this model has no packed layer", where="save", remedy="Call bs.finalize(model, example) first")
+        raise FormatError(
+            "this model has no packed layer", where="save", remedy="Call bs.finalize(model, example) first"
+        )
     config = {
         "format": "bitsmith",
         "version": VERSION,
@@ -173,7 +175,9 @@ def _built_in(config: dict[str, Any], where: Path) -> nn.Module:
         ) from None
 
 
-def _assemble(skeleton: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], where: str) -> nn.Module:
+def _assemble(
+    skeleton: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], where: str
+) -> nn.Module:
     """A copy of ``skeleton`` with packed layers in place of float ones, and all tensors of the file."""
     modules = dict(skeleton.named_modules(remove_duplicate=False))
     memo: dict[int, Any] = {}  # deepcopy takes what it finds here for the copy, as in finalize
@@ -224,7 +228,9 @@ def _assemble(skeleton: nn.Module, config: dict[str, Any], tensors: dict[str, Te
     return model.requires_grad_(False).eval()
 
 
-def _layer(name: str, entry: dict[str, Any], tensors: dict[str, Tensor], made: dict[str, Any]) -> IntegerLayer:
+def _layer(
+    name: str, entry: dict[str, Any], tensors: dict[str, Tensor], made: dict[str, Any]
+) -> IntegerLayer:
     prefix = f"{name}." if name else ""
     kind = entry["kind"]
     if kind == "matmul":
@@ -239,7 +245,9 @@ def _layer(name: str, entry: dict[str, Any], tensors: dict[str, Tensor], made: d
     return IntegerConv(weight, input, bias, ConvGeometry(**values))
 
 
-def _weight(site: str, entry: dict[str, Any], tensors: dict[str, Tensor], made: dict[str, Any]) -> PackedWeight | FloatWeight:
+def _weight(
+    site: str, entry: dict[str, Any], tensors: dict[str, Tensor], made: dict[str, Any]
+) -> PackedWeight | FloatWeight:
     if "tied_to" in entry:
         weight: PackedWeight | FloatWeight = made[entry["tied_to"]].weight
         return weight

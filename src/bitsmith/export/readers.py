@@ -62,7 +62,8 @@ def _native_site(site: str, form: dict[str, Any], header: dict[str, Any], body: 
     if stored is not None:
         count = int(np.prod(form["shape"]))
         stream = np.unpackbits(stored, bitorder="little")[: count * bits].reshape(count, bits)
-        lowest = {"unsigned": 0, "asymmetric": 0, "balanced": 1 - 2 ** (bits - 1)}.get(form["grid"], -(2 ** (bits - 1)))
+        half = 2 ** (bits - 1)
+        lowest = {"unsigned": 0, "asymmetric": 0, "balanced": 1 - half}.get(form["grid"], -half)
         codes = stream.astype(np.int64) @ (1 << np.arange(bits)) + lowest
     return StoredSite(codes, tensor("scale", "<f4"), tensor("zero_point", "<f4"))
 
@@ -81,6 +82,6 @@ def read_onnx(path: Path) -> dict[str, StoredSite]:
     for initializer in graph.initializer:
         site, _, part = initializer.name.rpartition(".")
         if part in ("codes", "scale", "zero_point"):
-            array = onnx.numpy_helper.to_array(initializer)
-            found.setdefault(site, {})[part] = array.astype(np.float32 if part == "scale" else np.int64).reshape(-1)
+            array = onnx.numpy_helper.to_array(initializer).reshape(-1)
+            found.setdefault(site, {})[part] = array.astype(np.float32 if part == "scale" else np.int64)
     return {site: StoredSite(**parts) for site, parts in found.items()}

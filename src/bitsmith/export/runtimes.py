@@ -72,7 +72,8 @@ def open_onnx(path: Path, trained: nn.Module) -> Opened:
     try:
         session = onnx.session(path)
     except Exception as error:  # onnxruntime's exceptions have no common base but this
-        raise FormatError(f"ONNX Runtime refuses this file ({onnx.first_line(error)})", where=str(path)) from None
+        what = f"ONNX Runtime refuses this file ({onnx.first_line(error)})"
+        raise FormatError(what, where=str(path)) from None
     import onnxruntime
 
     return Opened(

@@ -1,6 +1,6 @@
 """Rounding ties: telling a float32 sum in another order from a model that is another one.
 
-Two runtimes add the same products in different orders, so their sums differ in the last bits. Where such a sum
+Two runtimes add the same products in different orders, so that their sums differ in the last bits. Where one
 lies within a hair of the border between two codes, the activation rounds to the neighbour, and everything
 behind it moves by whole steps: rare (one activation in ten million), but with 200,000 activations an image,
 as in a ResNet-20, half of the 8-bit rows. Such a row is told from a wrong one by its *first* activation site
@@ -87,7 +87,7 @@ def _scales(model: nn.Module) -> dict[nn.Module, tuple[str, tuple[Tensor, float]
 
 def first_differences(reference: Probe, got: dict[str, Tensor], model: nn.Module) -> tuple[Tensor, Tensor]:
     """Per row: index of the first site whose codes differ (the number of sites, if none), and whether every
-    difference there is a tie. ``got``: site -> values, from ``model``'s file; missing sites are passed over."""
+    difference there is a tie. ``got``: site -> values, out of ``model``'s file; missing sites are passed."""
     scales = dict(_scales(model).values())
     rows = len(next(iter(reference.steps.values()))[0]) if reference.steps else 0
     first = torch.full((rows,), len(reference.steps))

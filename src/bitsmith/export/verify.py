@@ -119,13 +119,14 @@ def _check_stored(
 
 
 def trained_codes(trained: nn.Module) -> dict[str, Tensor]:
-    """Weight site -> stored codes (int16, the weight's shape) of a prepared model, from its own quantizers."""
+    """Weight site -> codes (int16, the weight's shape) of a prepared model, by its own quantizers."""
     codes = {}
     for layer in trained.modules():
-        if isinstance(layer, QuantLayer) and not isinstance(layer, QuantMatMul) and layer.weight_quantizer is not None:
-            blocks = layer.weight_quantizer.codes(layer.weight)
-            grouped = layer.weight_quantizer.scheme.group_size is not None
-            codes[layer.weight_quantizer.name] = from_groups(blocks, layer.weight, True) if grouped else blocks
+        if isinstance(layer, QuantLayer) and not isinstance(layer, QuantMatMul):
+            q, weight = layer.weight_quantizer, layer.weight
+            if q is not None:
+                grouped = q.scheme.group_size is not None
+                codes[q.name] = from_groups(q.codes(weight), weight, True) if grouped else q.codes(weight)
     return codes
 
 
@@ -161,17 +162,18 @@ def _check_layers(entry: dict[str, Any], opened: Opened, packed: nn.Module, x: T
         if wrong < sites_before:
             rows = int(((first == wrong) & ~tied).sum())
             raise ExportMismatch(
-                f"inside {opened.runtime}, activations of this site have other codes than trained, and not at "
-                f"rounding ties, on {rows} of {len(x)} rows",
+                f"inside {opened.runtime}, activations of this site have other codes than trained, "
+                f"and not at rounding ties, on {rows} of {len(x)} rows",
                 where=names[wrong],
                 remedy="Do not use the file; please report this model and runtime",
             )
         equal = first >= sites_before if len(first) else torch.ones(len(x), dtype=torch.bool)
-        output = got.get(layer)
-        if output is not None and output.shape == want.shape and not bool(equal.any()):
+        output = got.get(layer, torch.empty(0))
+        known = output.shape == want.shape
+        if known and not bool(equal.any()):
             errors[layer] = None  # every row had a tie before
             continue
-        error = float("inf") if output is None or output.shape != want.shape else _error(output, want)[equal].max().item()
+        error = _error(output, want)[equal].max().item() if known else float("inf")
         if error > LAYER_TOLERANCE:
             raise ExportMismatch(
                 f"inside {opened.runtime}, this layer's output differs from the trained one",
@@ -189,7 +191,10 @@ def _check_outputs(
     """The ``output`` of all rows against ``reference``."""
     if output.shape != reference.shape:
         raise ExportMismatch(
-            "the outputs have another shape", where="output", got=tuple(output.shape), expected=tuple(reference.shape)
+            "the outputs have another shape",
+            where="output",
+            got=tuple(output.shape),
+            expected=tuple(reference.shape),
         )
     within = _error(output, reference) <= TOLERANCE
     outside = (~within).nonzero().flatten()
@@ -209,7 +214,12 @@ def _check_outputs(
     name = f"rows within {TOLERANCE:g} of the outputs' standard deviation"
     name += ", or further only after a rounding tie" if tied else ""
     entry["checks"] = [
-        {"name": "same predictions", "passed": agreement >= AGREEMENT, "value": agreement, "limit": AGREEMENT},
+        {
+            "name": "same predictions",
+            "passed": agreement >= AGREEMENT,
+            "value": agreement,
+            "limit": AGREEMENT,
+        },
         {"name": name, "passed": explained >= WITHIN, "value": explained, "limit": WITHIN},
     ]
     for check in entry["checks"]:
@@ -247,4 +257,6 @@ def _accuracy(output: Tensor, y: Tensor) -> float:
 def _at(error: ExportMismatch | FormatError, path: str) -> ExportMismatch:
     """The error as ExportMismatch, with the file before the site."""
     where = error.where if path in error.where else f"{path}: {error.where}"
-    return ExportMismatch(error.what, where=where, got=error.got, expected=error.expected, remedy=error.remedy)
+    return ExportMismatch(
+        error.what, where=where, got=error.got, expected=error.expected, remedy=error.remedy
+    )
