@@ -237,7 +237,7 @@ def test_parameter_groups_hold_every_trainable_parameter_once() -> None:
     names = {id(p): name for name, p in model.named_parameters()}
     held = {name: sorted(names[id(p)] for p in g["params"]) for name, g in groups.items()}
     everything = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert sorted(sum(held.values(), [])) == sorted(everything)
+    assert sorted(name for group in held.values() for name in group) == sorted(everything)
     assert "head.input_quantizer.range" not in everything
     assert all(name.endswith(("weight", "embedding")) for name in held["weights"])
     assert all(name.endswith(("range", "zero_shift")) for name in held["ranges"])

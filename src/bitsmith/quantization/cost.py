@@ -145,7 +145,7 @@ def measure(model: nn.Module, example: Any, target: str | Target | None = None) 
     Raises SiteError where a quantizer is never called.
     """
     found = trace(model, example)
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     quantizers = sites(model)
     layers: list[LayerCost] = []
     counted: set[int] = set()
@@ -155,7 +155,6 @@ def measure(model: nn.Module, example: Any, target: str | Target | None = None) 
         operands = (first, second)
         elements = scales = zero_points = bias = 0
         if not isinstance(layer, QuantMatMul):
-            counted.update(id(p) for p in (layer.bias,) if p is not None)
             bias = layer.weight.shape[0] if layer.bias is not None or entry.name in found.folds else 0
             quantizer: Quantizer | None = layer.weight_quantizer
             if quantizer is not None:
@@ -165,7 +164,7 @@ def measure(model: nn.Module, example: Any, target: str | Target | None = None) 
                 elements = layer.weight.numel()
                 if quantizer is not None:
                     scales = quantizer.range.shape[1]
-                    zero_points = scales if quantizer.grid_name() == "asymmetric" else 0
+                    zero_points = scales if quantizer.has_zero_point() else 0
         layers.append(
             LayerCost(
                 entry.name,
@@ -179,26 +178,33 @@ def measure(model: nn.Module, example: Any, target: str | Target | None = None) 
                 entry.operands,
             )
         )
-    for norm in found.folds.values():
-        counted.update(id(t) for t in (*modules[norm].parameters(), *modules[norm].buffers()))
     own = {id(t) for q in quantizers.values() for t in (*q.parameters(), *q.buffers())}
     # The state dict, not buffers(): what a model makes anew from its arguments is in no file.
-    plain = {id(t): t for t in model.state_dict(keep_vars=True).values() if id(t) not in own}
-    other = sum(
-        t.numel() * t.element_size() for i, t in plain.items() if i not in counted and not _is_counter(t)
-    )
+    plain = {
+        name: t
+        for name, t in model.state_dict(keep_vars=True).items()
+        if isinstance(t, Tensor) and id(t) not in own and not _is_counter(t)
+    }
+    # By owner, as an embedding that shares a quantized layer's weight keeps it in float.
+    packed = {id(modules[name]) for name in (*found.layers, *found.folds.values())}
+    kept = {id(t): t for name, t in plain.items() if id(modules[name.rpartition(".")[0]]) not in packed}
+    other = _bytes(kept)
     for quantizer in quantizers.values():
         if quantizer.kind == "activation":  # a dynamic one stores its zero points alone
-            stored = (quantizer.scheme.range != "dynamic") + (quantizer.grid_name() == "asymmetric")
+            stored = (quantizer.scheme.range != "dynamic") + quantizer.has_zero_point()
             other += FLOAT_BYTES * quantizer.range.shape[1] * stored
     return CostModel(
         layers=tuple(layers),
         present={name: int(q.bits.expected()) for name, q in quantizers.items()},
         float_macs=found.float_macs,
         other_bytes=other,
-        float_bytes=sum(t.numel() * t.element_size() for t in plain.values() if not _is_counter(t)),
+        float_bytes=_bytes({id(t): t for t in plain.values()}),
         target=get_target(target if target is not None else getattr(model, "bitsmith_target", "native")),
     )
+
+
+def _bytes(tensors: Mapping[int, Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def _is_counter(tensor: Tensor) -> bool:

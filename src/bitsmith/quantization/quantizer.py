@@ -86,7 +86,8 @@ class Quantizer(nn.Module):
         self.range = nn.Parameter(
             like.new_zeros(rows, channels), requires_grad=scheme.range in ("lsq", "lsq+", "pact")
         )
-        self.zero_shift = nn.Parameter(like.new_zeros(rows, channels)) if scheme.range == "lsq+" else None
+        shifts = scheme.range == "lsq+" and self.kind == "activation"  # LSQ+ keeps weights symmetric
+        self.zero_shift = nn.Parameter(like.new_zeros(rows, channels)) if shifts else None
         self.register_buffer("base_scale", like.new_full((rows, channels), torch.nan))
         for buffer in ("zero_point", "low", "high"):
             self.register_buffer(buffer, like.new_zeros(rows, channels))
@@ -210,6 +211,10 @@ class Quantizer(nn.Module):
         if self.scheme.grid != "auto":
             return self.scheme.grid
         return "seq" if self.seq_allowed and bits <= 2 else "symmetric"
+
+    def has_zero_point(self) -> bool:
+        """Whether the row in play has zero points to be stored."""
+        return bool(self.levels().zero_point.any())
 
     def grid_name(self) -> str:
         """The grid of the row in play, in words."""

@@ -29,7 +29,7 @@ class Scheme:
     grid         numerics.grid; auto: `seq` for weights of 1-2 bits where the target holds it and `symmetric`
                  above; for activations what calibration sees: `unsigned` without negative values,
                  `asymmetric` where one side is less than half of the other, else `symmetric`
-    range        lsq: learned scale (1902.08153); lsq+: learned scale and zero point (2004.09576);
+    range        lsq: learned scale (1902.08153); lsq+: and, of activations, zero point (2004.09576);
                  pact: learned by what is clipped (1805.06085); dorefa: tanh of the weights (1606.06160);
                  static: as calibrated; dynamic: min-max of each tensor as it comes
     calibration  where scales start; lsq: 2 mean|x| / sqrt(high), the rule of the LSQ paper
