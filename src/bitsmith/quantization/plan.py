@@ -141,7 +141,8 @@ class CommitReport:
 def commit(model: nn.Module, plan: Plan | Mapping[str, int]) -> CommitReport:
     """Set the decided widths. Every tensor keeps its shape and every key its name.
 
-    Raises SiteError where plan and model do not have the same sites.
+    Raises SiteError where plan and model do not have the same sites, SchemeError for a width that a site's
+    grid has not; the model is then as it was.
     """
     bits = plan.bits if isinstance(plan, Plan) else dict(plan)
     quantizers = sites(model)
@@ -149,6 +150,8 @@ def commit(model: nn.Module, plan: Plan | Mapping[str, int]) -> CommitReport:
     missing = [name for name in quantizers if name not in bits]
     if missing:
         raise SiteError("the plan says nothing of this site", where=missing[0], remedy="Add it to the plan")
+    for name, width in bits.items():
+        quantizers[name].check_width(width)
     weights = weights_of(model)
     trained = {name: quantizers[name].commit(width, weights.get(name)) for name, width in bits.items()}
     return CommitReport(

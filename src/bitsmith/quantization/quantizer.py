@@ -285,12 +285,13 @@ class Quantizer(nn.Module):
                 remedy="Attach one method that decides bits, or give each its own sites",
             )
         for width in bits.candidates.int().tolist():
-            self._check_width(width)
+            self.check_width(width)
         self._make_rows(bits.to(self.range.device), self.range.shape[1])
         if weight is not None:
             self.calibrate(*observe_weight(self, weight))
 
-    def _check_width(self, bits: int) -> None:
+    def check_width(self, bits: int) -> None:
+        """Raise SchemeError where the site's grid has no such width."""
         if self.scheme.replace(self.name, bits=bits).is_float:
             raise SchemeError("a site has no float width", where=f"{self.name}.bits", expected="1 to 8")
 
@@ -299,7 +300,7 @@ class Quantizer(nn.Module):
         """Fix the width. Where no row has it, the nearest row is made over: weights (x) calibrate anew,
         activations stretch their step to the same range. Returns whether the width was a trained one. Raises
         SchemeError where the grid has no such width."""
-        self._check_width(bits)
+        self.check_width(bits)
         candidates = self.bits.candidates.int().tolist()
         near = min(candidates, key=lambda width: abs(width - bits))
         self.bits.commit(near)
