@@ -62,6 +62,7 @@ def test_the_certificate_says_what_was_checked_and_what_was_not(
             "head",
         }
         assert all(check["passed"] for check in entry["checks"])
+        assert entry["activation_sites_compared"] == 10  # six inputs, two products of two operands
     weights = [m for m in models[1].modules() if isinstance(m, PackedWeight)]
     assert certificate["exports"]["onnx"]["codes"] == sum(w.shape.numel() for w in weights)
     assert certificate["exports"]["onnx"]["default_options"]["rows_within_tolerance"] == 1.0
@@ -147,6 +148,10 @@ SABOTAGE: dict[str, tuple[Callable[[Any], None], str]] = {
         r"stem: inside onnxruntime, this layer's output differs",
     ),
     "a range cut short": (clip_less, r"depthwise\.input: inside onnxruntime, activations of this site"),
+    "the codes of tokens": (
+        lambda m: rewrite(m, "query.input.low", lambda a: a * 0.5),
+        r"query\.input: inside onnxruntime, activations of this site",
+    ),
     "a crossed wire": (cross_a_wire, r"query: inside onnxruntime, this layer's output differs"),
     "another padding": (other_padding, r"stem: inside onnxruntime"),
 }

@@ -155,6 +155,7 @@ def _check_layers(entry: dict[str, Any], opened: Opened, packed: nn.Module, x: T
     seen, got = probe(packed, x), opened.probe(x)
     first, tied = first_differences(seen, got, packed)
     names = list(seen.steps)
+    entry["activation_sites_compared"] = sum(name in got for name in names)
     wrong = int(first[~tied].min()) if bool((~tied).any()) else len(names)
     errors: dict[str, float | None] = {}
     entry["sites"] = errors
