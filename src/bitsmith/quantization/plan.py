@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from bitsmith.errors import FormatError, SiteError, nearest
+from bitsmith.errors import FormatError, SiteError, listing, nearest
 from bitsmith.files import read_json, write_json
 from bitsmith.quantization.bits import BitWidth
 from bitsmith.quantization.layers import weights_of
@@ -102,14 +102,26 @@ class Plan:
         return cls.from_dict(read_json(path, "plan"), str(path))
 
 
-def plan_of(model: nn.Module, cost: Mapping[str, Any] | None = None) -> Plan:
-    """The plan that a prepared model stands at."""
-    planned = {name: _planned(quantizer) for name, quantizer in sites(model).items()}
+def plan_of(
+    model: nn.Module, cost: Mapping[str, Any] | None = None, *, bits: Mapping[str, int] | None = None
+) -> Plan:
+    """The plan that a prepared model stands at; with ``bits`` of some sites, chosen among their candidates, the
+    one that a method decides for. Raises SiteError for a width that is not a candidate."""
+    quantizers, chosen = sites(model), bits or {}
+    _check_names(chosen, quantizers, "there is no such site")
+    planned = {name: _planned(quantizer, chosen.get(name)) for name, quantizer in quantizers.items()}
     return Plan(planned, getattr(model, "bitsmith_target", "native"), cost or {})
 
 
-def _planned(quantizer: Quantizer) -> PlannedSite:
-    at, grid = quantizer.levels(), quantizer.grid_name()
+def _planned(quantizer: Quantizer, bits: int | None) -> PlannedSite:
+    row, candidates = None, quantizer.bits.candidates.int().tolist()
+    if bits is not None:
+        if bits not in candidates:
+            raise SiteError(
+                "this width is not a candidate here", where=quantizer.name, got=bits, expected=listing(candidates)
+            )
+        row = candidates.index(bits)
+    at, grid = quantizer.levels(row), quantizer.grid_name(row)
     return PlannedSite(
         kind=quantizer.kind,
         bits=at.bits,

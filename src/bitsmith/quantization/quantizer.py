@@ -169,9 +169,10 @@ class Quantizer(nn.Module):
 
     # ---- what is stored
 
-    def levels(self) -> Levels:
-        """The row in play, detached. The scale of a dynamic site, which stores none, is its calibration's."""
-        row = int(self.bits.rows[0])
+    def levels(self, row: int | None = None) -> Levels:
+        """The row in play, or another, detached. The scale of a dynamic site, which stores none, is its
+        calibration's."""
+        row = int(self.bits.rows[0]) if row is None else row
         scale = (self.base_scale[row] * torch.exp2(self.range[row])).detach().view(self.view)
         zero_point = self.zero_point[row].clone()
         low, high = self.low[row] + zero_point, self.high[row] + zero_point
@@ -216,9 +217,9 @@ class Quantizer(nn.Module):
         """Whether the row in play has zero points to be stored."""
         return bool(self.levels().zero_point.any())
 
-    def grid_name(self) -> str:
-        """The grid of the row in play, in words."""
-        at = self.levels()
+    def grid_name(self, row: int | None = None) -> str:
+        """The grid of the row in play, or of another, in words."""
+        at = self.levels(row)
         if at.half:
             return "seq"
         if at.low < 0:

@@ -1,7 +1,7 @@
 """Exponential moving average (EMA) of the latent weights; quantized after averaging.
 
-It holds all float parameters of the model, ranges included. Logits of methods stay out: an average of logits
-is no decision. Buffers stay out, too: BatchNorm statistics of other weights are wrong for the averaged ones,
+It holds all float parameters of the model, ranges included. Logits and trained bit-widths stay out: their
+average is no decision. Buffers stay out, too: BatchNorm statistics of other weights are wrong for the averaged ones,
 so the caller re-estimates them after `copy_to`. Unlike torch.optim.swa_utils.AveragedModel no second module
 exists, only its tensors.
 """
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from bitsmith.quantization import sites
 
 
 class Average:
@@ -21,10 +23,11 @@ class Average:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.updates = 0
+        widths = {id(p) for quantizer in sites(model).values() for p in quantizer.bits.parameters()}
         averaged = {
             name: parameter
             for name, parameter in model.named_parameters()
-            if parameter.is_floating_point() and not name.endswith("logits")
+            if parameter.is_floating_point() and not name.endswith("logits") and id(parameter) not in widths
         }
         self.parameters: list[Tensor] = list(averaged.values())
         self.values = {name: parameter.detach().clone() for name, parameter in averaged.items()}
