@@ -1,0 +1,90 @@
+"""Under torch.compile a method trains in one graph, whatever widths it plays, and bit for bit as eager.
+
+By default on a few layers; on the whole contract table where slow tests run, as compiling takes seconds.
+"""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch.nn.functional import cross_entropy
+
+from bitsmith.methods import Method
+from bitsmith.quantization import MatMul, Scheme, calibrate, parameter_groups, prepare, sites
+from tests.contracts import test_methods as contract
+from tests.contracts.methods import METHODS
+
+X, Y = contract.X[:8], contract.Y[:8]
+
+
+class Few(nn.Module):
+    """One layer of each kind that a method meets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+        self.product, self.fc = MatMul(), nn.Linear(36, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x)).relu().flatten(2)
+        logits: Tensor = self.fc(self.product(x.softmax(-1), x.transpose(1, 2)) @ x).mean(1)
+        return logits
+
+
+def few(method: str) -> tuple[nn.Module, list[Method]]:
+    torch.manual_seed(0)
+    net = Few()
+    prepare(net, Scheme(bits=4, granularity="channel"), Scheme(bits=4), first_last_bits=None)
+    methods = METHODS[method](X)
+    for each in methods:
+        each.attach(net)
+    calibrate(net, [X])
+    return net, methods
+
+
+CASES = [pytest.param("few", method, id=f"few-{method}") for method in ("search", "fractional")] + [
+    pytest.param(model, method, id=f"{model}-{method}", marks=pytest.mark.slow)
+    for model in contract.MODELS
+    for method in METHODS
+]
+
+
+def start(model: str, method: str) -> tuple[nn.Module, list[Method]]:
+    torch.compiler.reset()
+    return few(method) if model == "few" else contract.start(model, method)
+
+
+@pytest.mark.parametrize(("model", "method"), CASES)
+def test_one_graph_serves_every_step_and_every_width(model: str, method: str) -> None:
+    net, methods = start(model, method)
+    counter = CompileCounter()
+    compiled = torch.compile(net, backend=counter, fullgraph=True)
+    optimizer = torch.optim.SGD(parameter_groups(net, learning_rate=0.3))
+    played = set()
+    for step in range(4):
+        optimizer.zero_grad()
+        cross_entropy(compiled(X), Y).backward()
+        for each in methods:
+            penalty = each.penalty()
+            if penalty.requires_grad:
+                penalty.backward()
+        optimizer.step()
+        for each in methods:
+            each.after_step(step, 4)
+        played.add(tuple(row for q in sites(net).values() for row in q.bits.rows.tolist()))
+    assert counter.frame_count == 1
+    assert len(played) > 1 or method == "sharpness", "the widths never changed, so this shows nothing"
+
+
+@pytest.mark.parametrize(("model", "method"), CASES)
+def test_it_compiles_to_what_eager_computes(model: str, method: str) -> None:
+    net, _ = start(model, method)
+    results = []
+    for forward in (net, torch.compile(net, backend="aot_eager", fullgraph=True)):
+        net.train().zero_grad()
+        logits = forward(X)
+        cross_entropy(logits, Y).backward()
+        results.append([logits, *(p.grad for p in net.parameters() if p.grad is not None)])
+    assert len(results[0]) > 10
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)

@@ -1,0 +1,160 @@
+"""What every method passes, on a CNN and on a transformer. A new method is one more row of METHODS."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bitsmith.errors import Interrupted, SiteError
+from bitsmith.methods import Method
+from bitsmith.quantization import Scheme, calibrate, commit, parameter_groups, plan_of, prepare, sites
+from bitsmith.quantization.finalize import finalize
+from bitsmith.tasks.models import build
+from bitsmith.train import TrainConfig, train
+from tests.contracts.methods import METHODS, Fractional, Search
+from tests.train.problem import same_state
+
+MODELS = {
+    "cnn": ("digits_cnn", {}),
+    "vit": ("digits_vit", {"width": 8, "depth": 1, "heads": 2, "hidden": 16}),
+}
+GENERATOR = torch.Generator().manual_seed(0)
+X, Y = torch.rand(40, 1, 8, 8, generator=GENERATOR), torch.randint(0, 10, (40,), generator=GENERATOR)
+WEIGHTS = Scheme(bits=4, granularity="channel", calibration="minmax")  # the cheapest; it is not tested here
+ACTIVATIONS = Scheme(bits=4, calibration="minmax")
+CONFIG = TrainConfig(epochs=2, batch_size=8, learning_rate=0.02, ema=0.9, accumulation=2, device="cpu")
+
+pytestmark = [
+    pytest.mark.parametrize("method", METHODS),
+    pytest.mark.parametrize("model", MODELS),
+]
+
+
+def start(model: str, method: str, seed: int = 0) -> tuple[nn.Module, list[Method]]:
+    """A fresh model, prepared, with the methods attached, calibrated; in this order, as users do."""
+    name, arguments = MODELS[model]
+    net = build(name, seed=seed, **arguments)
+    prepare(net, WEIGHTS, ACTIVATIONS, first_last_bits=None)
+    methods = METHODS[method](X[:4])
+    for each in methods:
+        each.attach(net)
+    calibrate(net, [X])
+    return net, methods
+
+
+def fit(
+    net: nn.Module, methods: list[Method], path: Path | None = None, epochs: int = 2, **arguments
+) -> None:
+    config = dataclasses.replace(CONFIG, epochs=epochs)
+    train(net, X, Y, config, methods=methods, checkpoint=path, **arguments)
+
+
+def test_all_its_parameters_are_the_models_right_after_attach(model: str, method: str) -> None:
+    net, methods = start(model, method)
+    before = {name: id(p) for name, p in net.named_parameters()}
+    known = set(before.values())
+    assert all(id(p) in known for each in methods for p in each.parameters())
+    held = [id(p) for group in parameter_groups(net, learning_rate=0.1) for p in group["params"]]
+    assert sorted(held) == sorted(known)
+    fit(net, methods, epochs=1)
+    assert {name: id(p) for name, p in net.named_parameters()} == before
+
+
+def test_no_state_is_born_in_training(model: str, method: str) -> None:
+    net, methods = start(model, method)
+
+    def shapes() -> list[dict]:
+        return [
+            {name: getattr(v, "shape", None) for name, v in m.state_dict().items()} for m in (net, *methods)
+        ]
+
+    before = shapes()
+    fit(net, methods, epochs=1)
+    assert shapes() == before
+
+
+def test_saved_at_step_5_and_resumed_it_ends_as_ten_straight_steps_do(
+    model: str, method: str, tmp_path: Path
+) -> None:
+    whole, methods = start(model, method)
+    fit(whole, methods)
+    parts, stopped = start(model, method)
+    calls = iter(range(1, 100))
+    with pytest.raises(Interrupted, match="after step 5 of 10"):
+        fit(parts, stopped, tmp_path / "c", stop=lambda: next(calls) == 5)
+    fresh, resumed = start(model, method, seed=1)
+    fit(fresh, resumed, tmp_path / "c", resume=True)
+    assert same_state(whole, fresh)
+    for one, other in zip(methods, resumed, strict=True):
+        assert same_state(one, other)
+
+
+def test_the_hooks_are_called_in_their_order(model: str, method: str) -> None:
+    net, methods = start(model, method)
+    calls: list[tuple[str, int]] = []
+
+    def watch(hook: str, index: int, original) -> None:
+        def watched(*arguments):
+            calls.append((hook, index))
+            return original(*arguments)
+
+        setattr(methods[index], hook, watched)
+
+    hooks = ("after_backward", "penalty", "after_step")
+    for index, each in enumerate(methods):
+        for hook in hooks:
+            watch(hook, index, getattr(each, hook))
+    fit(net, methods, epochs=1)
+    assert calls == [(hook, index) for hook in hooks for index in range(len(methods))] * 5
+
+
+def test_its_plan_is_committed_and_packed(model: str, method: str) -> None:
+    net, methods = start(model, method)
+    fit(net, methods)
+    plan = methods[0].plan() or plan_of(net)
+    report = commit(net, plan)
+    assert report.post_training == ()
+    assert plan_of(net) == plan
+    if method != "sharpness":
+        assert sum(plan.bits.values()) < 4 * len(plan.bits), "it was pressed to fewer bits"
+    fixed = fixed_at(net, model, plan.bits)
+    assert torch.equal(evaluated(net), evaluated(fixed))
+    fit(net, [], epochs=1)  # fine-tuning
+    packed = finalize(net, X[:4])
+    torch.testing.assert_close(packed(X), evaluated(net), rtol=1e-3, atol=1e-3)
+
+
+def evaluated(net: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return net.eval()(X)
+
+
+def fixed_at(net: nn.Module, model: str, bits: dict[str, int]) -> nn.Module:
+    """A model without any method at these widths, with the weights and the rows in play of ``net``."""
+    name, arguments = MODELS[model]
+    fixed = build(name, **arguments)
+    overrides = {site: {"bits": width} for site, width in bits.items()}
+    prepare(fixed, WEIGHTS, ACTIVATIONS, overrides=overrides)
+    state = {k: v for k, v in net.state_dict().items() if "_quantizer" not in k}
+    fixed.load_state_dict(state, strict=False)
+    for (_, ours), theirs in zip(sites(fixed).items(), sites(net).values(), strict=True):
+        row = int(theirs.bits.rows[0])
+        for tensor, rows in zip(
+            (*ours.parameters(), *ours.buffers(recurse=False)),
+            (theirs.range, *theirs.buffers(recurse=False)),
+            strict=True,
+        ):
+            tensor.data.copy_(rows[row : row + 1])
+    return fixed
+
+
+def test_bits_have_one_owner(model: str, method: str) -> None:
+    net, _ = start(model, method)
+    if method == "sharpness":
+        Fractional().attach(net)
+        return
+    for other in (Fractional(), Search(X[:4])):
+        with pytest.raises(SiteError, match="belong to another method"):
+            other.attach(net)
