@@ -1,0 +1,79 @@
+"""Under torch.compile a quantizer gives the values and gradients of eager, bit for bit."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+
+from bitsmith.quantization import FixedBits, Scheme, calibrate, prepare, sites
+
+WEIGHT, INPUT = Scheme(bits=4, granularity="channel"), Scheme(bits=4)
+X = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+CASES = {
+    "channel, asymmetric input": (WEIGHT, INPUT),
+    "seq, learned zero point": (WEIGHT.replace(bits=2), INPUT.replace(range="lsq+")),
+    "ragged groups, tokens": (
+        Scheme(bits=3, granularity="group", group_size=4, estimator="ewgs"),
+        Scheme(bits=8, granularity="token", range="dynamic"),
+    ),
+    "noise, one scale": (Scheme(bits=3, estimator="stochastic"), INPUT.replace(estimator="smooth")),
+    "dorefa, pact": (Scheme(bits=2, range="dorefa"), INPUT.replace(range="pact")),
+}
+
+
+def layer(weights: Scheme, activations: Scheme) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Linear(10, 5)
+    prepare(net, weights, activations, first_last_bits=None)
+    calibrate(net, [X + 0.8])
+    return net.train()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_are_those_of_eager(case: str) -> None:
+    net = layer(*CASES[case])
+    torch.compiler.reset()
+    results: list[list[Tensor]] = []
+    for forward in (net, torch.compile(net, backend="aot_eager", fullgraph=True)):
+        net.zero_grad()
+        x = (X + 0.7).requires_grad_()
+        y = forward(x)
+        y.backward(X[:, :5])
+        results.append([y, x.grad, *(p.grad for p in net.parameters() if p.grad is not None)])
+    assert len(results[0]) >= 4
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
+
+
+def test_layers_of_all_widths_share_one_graph() -> None:
+    """Level bounds are buffers, not numbers: one graph for each kind of row, not one for each width."""
+    layers = [layer(WEIGHT.replace(bits=bits), Scheme(bits=bits)) for bits in (3, 4, 5, 6, 7, 8)]
+    torch.compiler.reset()
+    counter = CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        return net(x)
+
+    for net in layers:
+        forward(net, X).sum().backward()
+    assert counter.frame_count == 1
+
+
+def test_committing_a_row_recompiles_nothing() -> None:
+    net = layer(WEIGHT, INPUT)
+    for quantizer in sites(net).values():
+        quantizer.set_bits(FixedBits(4, [2, 4, 8]), net.weight if quantizer.kind == "weight" else None)
+    calibrate(net, [X + 0.8])
+    torch.compiler.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(net, backend=counter, fullgraph=True)
+    seen = []
+    for bits in (2, 4, 8):
+        for quantizer in sites(net).values():
+            assert quantizer.commit(bits)
+        assert torch.equal(compiled(X), net(X))
+        seen.append(compiled(X))
+    assert counter.frame_count == 1
+    assert not torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[1], seen[2])
