@@ -105,8 +105,10 @@ class Plan:
 def plan_of(
     model: nn.Module, cost: Mapping[str, Any] | None = None, *, bits: Mapping[str, int] | None = None
 ) -> Plan:
-    """The plan that a prepared model stands at; with ``bits`` of some sites, chosen among their candidates, the
-    one that a method decides for. Raises SiteError for a width that is not a candidate."""
+    """The plan that a prepared model stands at; with ``bits`` of some sites, the one that a method decides for.
+
+    Raises SiteError for a width that is not among a site's candidates.
+    """
     quantizers, chosen = sites(model), bits or {}
     _check_names(chosen, quantizers, "there is no such site")
     planned = {name: _planned(quantizer, chosen.get(name)) for name, quantizer in quantizers.items()}
@@ -118,7 +120,10 @@ def _planned(quantizer: Quantizer, bits: int | None) -> PlannedSite:
     if bits is not None:
         if bits not in candidates:
             raise SiteError(
-                "this width is not a candidate here", where=quantizer.name, got=bits, expected=listing(candidates)
+                "this width is not a candidate here",
+                where=quantizer.name,
+                got=bits,
+                expected=listing(candidates),
             )
         row = candidates.index(bits)
     at, grid = quantizer.levels(row), quantizer.grid_name(row)

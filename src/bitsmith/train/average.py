@@ -1,9 +1,9 @@
 """Exponential moving average (EMA) of the latent weights; quantized after averaging.
 
 It holds all float parameters of the model, ranges included. Logits and trained bit-widths stay out: their
-average is no decision. Buffers stay out, too: BatchNorm statistics of other weights are wrong for the averaged ones,
-so the caller re-estimates them after `copy_to`. Unlike torch.optim.swa_utils.AveragedModel no second module
-exists, only its tensors.
+average is no decision. Buffers stay out, too: BatchNorm statistics of other weights are wrong for the
+averaged ones, so the caller re-estimates them after `copy_to`. Unlike torch.optim.swa_utils.AveragedModel no
+second module exists, only its tensors.
 """
 
 from __future__ import annotations
