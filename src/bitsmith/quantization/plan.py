@@ -105,7 +105,7 @@ class Plan:
 def plan_of(
     model: nn.Module, cost: Mapping[str, Any] | None = None, *, bits: Mapping[str, int] | None = None
 ) -> Plan:
-    """The plan that a prepared model stands at; with ``bits`` of some sites, the one that a method decides for.
+    """The plan that a prepared model stands at; with ``bits`` of some sites, the one a method chose.
 
     Raises SiteError for a width that is not among a site's candidates.
     """
