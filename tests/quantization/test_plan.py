@@ -108,6 +108,23 @@ def test_a_damaged_plan_is_one_line(tmp_path: Path, change: dict, words: str) ->
         Plan.load(path)
 
 
+def test_a_method_decides_a_plan_among_candidates_without_committing_it() -> None:
+    model = prepared()
+    set_bits(model, {name: Sampled([2, 4, 8]) for name in sites(model)})
+    calibrate(model, [IMAGES])
+    before = plan_of(model)
+    decided = plan_of(model, bits={"conv2.weight": 2, "fc.input": 4})
+    assert plan_of(model) == before
+    assert decided.bits == before.bits | {"conv2.weight": 2, "fc.input": 4}
+    assert (before.sites["conv2.weight"].grid, decided.sites["conv2.weight"].grid) == ("symmetric", "seq")
+    commit(model, decided)
+    assert plan_of(model) == decided
+    with pytest.raises(SiteError, match=r"conv3\.weight: .* got 3, expected 2, 4 or 8"):
+        plan_of(model, bits={"conv3.weight": 3})
+    with pytest.raises(SiteError, match=r"conv9\.weight: there is no such site"):
+        plan_of(model, bits={"conv9.weight": 4})
+
+
 # ---- commit
 
 

@@ -52,7 +52,7 @@ def rows_of(x: Tensor, granularity: Granularity, group_size: int | None, axis: i
         case "tensor":
             return x.reshape(1, -1)
         case "channel":
-            return x.movedim(axis, 0).flatten(1)
+            return x.movedim(axis, 0).reshape(x.shape[axis], -1)
         case "group":
             assert group_size is not None
             return to_groups(x, group_size, flatten).flatten(0, -2)

@@ -118,7 +118,9 @@ class Quantizer(nn.Module):
             y = _Chosen.apply(self._at(v, rows), v, share)
         else:
             y = sum(share[i] * self._at(v, rows[i : i + 1]) for i in range(rows.numel()))  # type: ignore[assignment]
-        return y if scheme.group_size is None else blocks.from_groups(y, x, self.kind == "weight")
+        if scheme.group_size is not None:
+            return blocks.from_groups(y, x, self.kind == "weight")
+        return y if y.ndim == x.ndim else y.view(x.shape)  # (features,) without a batch met a (1, 1) scale
 
     def _at(self, v: Tensor, row: Tensor) -> Tensor:
         """v at the width of one row, given as a (1,) index."""
@@ -148,7 +150,7 @@ class Quantizer(nn.Module):
             exponent=exponent,
             estimator=scheme.estimator,
             clip_only=scheme.range == "pact",
-            count=(v[0].numel() if self.kind == "activation" else v.numel()) // self.range.shape[1],
+            count=max((v[0].numel() if self.kind == "activation" else v.numel()) // self.range.shape[1], 1),
             seed=self.seed if self.training else None,
         )
 
