@@ -1,7 +1,8 @@
 """BatchNorm under quantization: re-estimate its statistics at the end of training.
 
-Running averages lag behind weights whose codes still flip, and at two bits the lag costs half a point. A few
-hundred images with cumulative averages are enough. Folding is part of finalize.
+Running averages lag behind weights whose codes still flip. A cumulative average over a few thousand samples
+replaces them. The samples must look as they did in training, augmentation included: statistics of plain
+images cost a two-bit ResNet-20 three points (docs/findings.md). Folding is part of finalize.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from bitsmith.quantization.layers import in_eval_mode
 def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> int:
     """Replace the statistics of every BatchNorm by their plain mean over ``batches``; returns how many norms.
 
-    Only the norms run in training mode; element noise, dropout and augmentation do not. A mean over batches,
+    ``batches``: model inputs as training sees them, augmented where training augments. Only the norms run in
+    training mode; element noise and dropout do not. A mean over batches,
     so give batches of one size. Raises DataError where there is none.
     """
     norms = [

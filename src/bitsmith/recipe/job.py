@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import glob
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -175,7 +176,7 @@ def train_quantized(
         for method in methods:
             if (plan := method.plan()) is not None:
                 commit(model, plan)
-        reestimate_batchnorm(model, _sample(data, REESTIMATION_SAMPLES, recipe.train.seed))
+        reestimate_batchnorm(model, _as_trained(data, REESTIMATION_SAMPLES, recipe.train.seed))
         facts["validation_accuracy"] = _validation(model, data)
         save_stage(out, "qat", model.state_dict(), facts)
         stage_path(out, "qat_training").unlink(missing_ok=True)
@@ -249,3 +250,14 @@ def _sample(data: Data, count: int, seed: int) -> list[Tensor]:
     """Batches of up to ``count`` training images, drawn at random: stored order may be by class."""
     rows = torch.randperm(len(data.train_x), generator=torch.Generator().manual_seed(seed))[:count]
     return [to_float(data.train_x[part]) for part in torch.split(rows, BATCH)]
+
+
+def _as_trained(data: Data, count: int, seed: int) -> list[Tensor]:
+    """About ``count`` training images as training sees them, in whole batches: shuffled and augmented.
+
+    Statistics of plain images fit weights that were trained on augmented ones badly (docs/findings.md).
+    """
+    size = min(256, len(data.train_x))
+    batches = data.batches("train", size, torch.Generator().manual_seed(seed))
+    wanted = max(1, min(count, len(data.train_x)) // size)
+    return [images for images, _ in itertools.islice(batches, wanted)]
