@@ -2,6 +2,7 @@
 
     python benchmarks/overhead.py                    # all cases; several minutes, most of them compiling
     python benchmarks/overhead.py --cases cnn        # cases whose name contains this
+    python benchmarks/overhead.py --plain            # the quantizer as plain autograd formulas instead of our Function
 
 Both steps (forward, backward, fused AdamW) take turns in one process on one thread, so that a machine whose speed
 drifts slows both. The ratio is that of the minima; beside it the median of the rounds' own ratios and their
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitsmith.numerics import affine
 from bitsmith.quantization import Scheme, calibrate, parameter_groups, prepare
 from bitsmith.tasks import models
 
@@ -119,6 +121,27 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
+def plain(
+    x: Tensor,
+    scale: Tensor,
+    low: Tensor,
+    high: Tensor,
+    half: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    *,
+    exponent: Tensor | None = None,
+    count: int = 1,
+    **_: Any,
+) -> Tensor:
+    """numerics.affine.fake_quantize as LSQ is usually written: detach for rounding, autograd for the rest."""
+    scale = scale if exponent is None else scale * torch.exp2(exponent)
+    g = (high.clamp(min=1) * count).rsqrt()
+    scale = (scale - scale.detach()) * g + scale.detach()
+    u = torch.clamp(x / scale if half is None else x / scale - half, low, high)
+    u = u + (u.round() - u).detach()
+    return scale * (u if half is None else u + half)
+
+
 def _step(
     model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor], compiled: bool
 ) -> Callable[[], None]:
@@ -139,9 +162,14 @@ def main() -> None:
     )
     parser.add_argument("--cases", default="", help="only cases whose name contains this")
     parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--plain", action="store_true", help="time the plain formulas")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    results = _results.load("overhead", options.out).get("cases", {})
+    kind = "plain" if options.plain else "function"
+    if options.plain:
+        affine.fake_quantize = plain
+    stored = _results.load("overhead", options.out)
+    results = stored.get(kind, {})
     print(f"{_results.machine()['kind']}, one thread")
     print(f"{'case':<30}{'float ms':>10}{'QAT ms':>10}{'ratio':>8}{'median':>8}{'10-90 %':>14}{'bound':>8}")
     for name, case in CASES.items():
@@ -153,7 +181,7 @@ def main() -> None:
                 f"{spread:>14}{r['bound']:>8.2f}",
                 flush=True,
             )
-            _results.save("overhead", {"cases": results}, options.out)
+            _results.save("overhead", {**stored, kind: results}, options.out)
 
 
 if __name__ == "__main__":
