@@ -49,7 +49,7 @@ def test_native_payload_is_the_plans_bytes(
     assert report["weight_bytes_float"] > payload
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["digits_cnn", pytest.param("digits_vit", marks=pytest.mark.slow)])
 def test_codes_of_onnx_are_the_plans_bytes(name: str, tmp_path: Path) -> None:
     """Weight by weight; scales, and the zero points and constants that ONNX adds, are not compared."""
     onnx = pytest.importorskip("onnx")
