@@ -107,7 +107,7 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.save_for_backward(x, scale, exponent, low, high, half, zero_point, seed)
         ctx.rule = (estimator, clip_only, count)
         s = scale if exponent is None else scale * torch.exp2(exponent)
-        return _levels_(x / s, low, high, half, zero_point, seed).mul_(s)
+        return _levels(x / s, low, high, half, zero_point, seed).mul_(s)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -115,7 +115,7 @@ class _FakeQuantize(torch.autograd.Function):
         estimator, clip_only, count = ctx.rule
         s = scale if exponent is None else scale * torch.exp2(exponent)
         u = x / s
-        q = _levels_(u.clone(), low, high, half, zero_point, seed)
+        q = _levels(u, low, high, half, zero_point, seed, keep=True)
         reach = 0.5 if seed is None else 1.0
         compiling = torch.compiler.is_compiling()
         if torch.is_grad_enabled() or compiling:
@@ -140,24 +140,32 @@ class _FakeQuantize(torch.autograd.Function):
         return d_x, d_scale, d_exponent, None, None, None, d_zero_point, None, None, None, None
 
 
-def _levels_(
-    u: Tensor, low: Tensor, high: Tensor, half: Tensor | None, zero_point: Tensor | None, seed: Tensor | None
+def _levels(
+    u: Tensor,
+    low: Tensor,
+    high: Tensor,
+    half: Tensor | None,
+    zero_point: Tensor | None,
+    seed: Tensor | None,
+    *,
+    keep: bool = False,
 ) -> Tensor:
-    """Levels of u = x/scale, in place: clamp(round(u - half), low - z, high - z) + half."""
+    """Levels of u = x/scale: clamp(round(u - half), low - z, high - z) + half; in u's memory, unless ``keep``."""
     if zero_point is not None:
         z = zero_point.round()
         low, high = low - z, high - z
+    q = u.clone() if keep and (half is not None or seed is not None) else u
     if half is not None:
-        u.sub_(half)
-    if seed is None:
-        u.round_()
+        q.sub_(half)
+    if seed is not None:
+        q.add_(hash_uniform(seed, q)).floor_()
     else:
-        u.add_(hash_uniform(seed, u)).floor_()
+        q = q.round() if q is u and keep else q.round_()
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        u = u.clamp(low, high)
+        q = q.clamp(low, high)
     else:
-        u = torch.minimum(torch.maximum(u, low, out=u), high, out=u)
-    return u if half is None else u.add_(half)
+        q = torch.minimum(torch.maximum(q, low, out=q), high, out=q)
+    return q if half is None else q.add_(half)
 
 
 def _sum_to(a: Tensor, b: Tensor | None, like: Tensor) -> Tensor:
