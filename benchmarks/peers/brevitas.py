@@ -1,8 +1,8 @@
 """Digits with Brevitas: the experiment of benchmarks/accuracy.py, on the layers of another QAT library.
 
-    python -m venv .venv-brevitas
-    .venv-brevitas/bin/pip install -r benchmarks/peers/requirements-brevitas.txt
-    PYTHONPATH=src .venv-brevitas/bin/python benchmarks/peers/brevitas.py       # resumes where it stopped
+    python -m venv build/brevitas
+    build/brevitas/bin/pip install -r benchmarks/peers/requirements-brevitas.txt
+    PYTHONPATH=src build/brevitas/bin/python benchmarks/peers/brevitas.py       # resumes where it stopped
 
 Units, float start, epochs, optimizer, learning rate and batches are those of accuracy.py, whose float model and
 training loop are used here; only the layers are Brevitas'. Quantized are the same tensors: weights per channel
@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,8 @@ def main() -> None:
             for name in missing:
                 method, point = name.split()
                 unit["points"][name] = accuracy(model, data, method, point, seed, options.epochs)
-                _results.save(NAME, {**results, "epochs": options.epochs}, options.out)
+                settings = {"epochs": options.epochs, "brevitas": version("brevitas")}
+                _results.save(NAME, {**results, **settings}, options.out)
             print(f"{MODEL} fold {fold} seed {seed}: float {unit['float']:.2%}", flush=True)
     table(_results.load(NAME, options.out))
 
