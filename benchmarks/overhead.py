@@ -56,9 +56,11 @@ def llama() -> tuple[nn.Module, Tensor, Callable[[Tensor], Tensor]]:
 
 
 def resnet20() -> tuple[nn.Module, Tensor, Callable[[Tensor], Tensor]]:
-    """ResNet-20, 128 images of 32 x 32."""
+    """ResNet-20, 128 images of 32 x 32, channels last: the faster layout of both steps on a CPU."""
     labels = torch.arange(128) % 10
-    return models.build("resnet20"), torch.rand(128, 3, 32, 32), lambda y: F.cross_entropy(y, labels)
+    model = models.build("resnet20").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.rand(128, 3, 32, 32).to(memory_format=torch.channels_last)
+    return model, x, lambda y: F.cross_entropy(y, labels)
 
 
 def digits_cnn() -> tuple[nn.Module, Tensor, Callable[[Tensor], Tensor]]:
