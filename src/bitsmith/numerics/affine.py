@@ -150,7 +150,7 @@ def _levels(
     *,
     keep: bool = False,
 ) -> Tensor:
-    """Levels of u = x/scale: clamp(round(u - half), low - z, high - z) + half; in u's memory, unless ``keep``."""
+    """Levels of u = x/scale: clamp(round(u - half), low - z, high - z) + half; in place, unless ``keep``."""
     if zero_point is not None:
         z = zero_point.round()
         low, high = low - z, high - z
