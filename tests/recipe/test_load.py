@@ -110,6 +110,11 @@ def test_an_unknown_method_lists_what_there_is() -> None:
         parse_recipe({"methods": ["gradient_search"]})
 
 
+def test_a_method_written_like_a_model_is_told_how_methods_are_written() -> None:
+    with pytest.raises(RecipeError, match=r"expected a list of methods, each the name of one or \{NAME: "):
+        parse_recipe({"methods": [{"name": "gradient_search"}]})
+
+
 @pytest.mark.parametrize(
     "document",
     [

@@ -230,7 +230,7 @@ def test_a_missing_folder_is_told(tmp_path):
         ("no_such_module:make", "module no_such_module cannot be imported.*No module named"),
         ("collections:ordered_dict", "module collections has no 'ordered_dict'"),
         ("string:digits", "the factory cannot be called; got a str"),
-        ("builtins:dict", "the factory returned something else; got a dict"),
+        ("builtins:dict", "the factory returned something else; got dict"),
     ],
 )
 def test_a_wrong_spec_is_one_clear_line(spec, message):

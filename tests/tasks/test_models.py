@@ -107,7 +107,7 @@ def test_the_option_a_shortcut_subsamples_and_pads_half_on_each_side():
         ("no_such_module:make", {}, "module no_such_module cannot be imported"),
         ("torch.nn:Linaer", {}, "module torch.nn has no 'Linaer'. Did you mean 'Linear'"),
         ("torch.nn:Linear", {"in_features": 3}, "argument 'out_features' is missing"),
-        ("builtins:dict", {}, "the factory returned something else; got a dict, expected a torch.nn.Module"),
+        ("builtins:dict", {}, "the factory returned something else; got dict, expected a torch.nn.Module"),
         ("../models.py:make", {}, "unknown model"),
     ],
 )

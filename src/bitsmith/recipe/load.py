@@ -192,7 +192,7 @@ def _translate(error: ValidationError, source: str) -> RecipeError:
         "this value does not fit" if finding["type"] != "missing" else "this key is missing",
         where=where,
         got=None if finding["type"] == "missing" else _short(finding["input"]),
-        expected=_expected(finding["msg"]),
+        expected=_METHOD if location[:1] == ["methods"] else _expected(finding["msg"]),
         remedy=f"Did you mean {near[0]}?" if near else "Correct it in the recipe or by --set",
     )
 
@@ -206,6 +206,7 @@ def _expected(message: str) -> str:
     return message.removeprefix("Input should be ").removeprefix("Value error, ").split(", unable")[0]
 
 
+_METHOD = "a list of methods, each the name of one or {NAME: {OPTION: VALUE}}"
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 
 

@@ -53,7 +53,7 @@ def _checked(data: Any, spec: str) -> Data:
         raise DataError(
             "the factory returned something else",
             where=f"data {spec}",
-            got=f"a {type(data).__name__}",
+            got=type(data).__name__,
             expected="a bitsmith.tasks.Data",
         )
     return data

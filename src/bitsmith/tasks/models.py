@@ -51,7 +51,7 @@ def build(name: str, *, seed: int | None = None, **arguments: Any) -> nn.Module:
         raise RecipeError(
             "the factory returned something else",
             where=f"model {name}",
-            got=f"a {type(model).__name__}",
+            got=type(model).__name__,
             expected="a torch.nn.Module",
         )
     return model
