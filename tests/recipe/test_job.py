@@ -44,7 +44,7 @@ def test_every_stage_is_told_and_finishes(recipe: Recipe, tmp_path: Path) -> Non
     assert list(dict.fromkeys(event.stage for event in events)) == list(STAGES)
     last = {event.stage: event for event in events}
     assert all(event.finished for event in last.values())
-    assert last["qat"].values["accuracy"] > 0
+    assert last["qat"].values["validation accuracy"] > 0
 
 
 def test_the_same_seed_gives_the_same_figures(recipe: Recipe, uninterrupted: Path, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def print_json(value: Any) -> None:
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, caption: str = "") -> Table:
     """A table whose first column is text and whose others are figures, to the right."""
     made = Table(title=title or None, caption=caption or None, box=box.SIMPLE_HEAD, pad_edge=False)
+    made.min_width = len(title)  # or a title wider than its columns would be wrapped
     made.title_justify = made.caption_justify = "left"
     made.title_style = "bold"
     for index, column in enumerate(columns):

@@ -82,7 +82,7 @@ def _run(recipe: Recipe, out: Path, data: Data, model: nn.Module, tell: Progress
     write_json(out / "coverage.json", coverage.to_dict())
     post_training = evaluate(model, data.test_x, data.test_y)
     seconds["post_training"] = time.perf_counter() - started
-    tell(Event("post_training", values={"accuracy": post_training["accuracy"]}))
+    tell(Event("post_training", values={"test accuracy": post_training["accuracy"]}))
 
     history["qat"], seconds["qat"] = train_quantized(recipe, model, methods, float_model, data, out, tell)
     write_json(out / "history.json", {"version": 1, **history})
@@ -109,7 +109,7 @@ def train_float(
         facts = _train("float", model, data, recipe.float_train, out, tell)
         save_stage(out, "float", model.state_dict(), facts)
         stage_path(out, "float_training").unlink(missing_ok=True)
-    tell(Event("float", values={"accuracy": facts["validation_accuracy"]}))
+    tell(Event("float", values={"validation accuracy": facts["validation_accuracy"]}))
     return facts["history"], facts["seconds"]
 
 
@@ -180,7 +180,7 @@ def train_quantized(
         facts["validation_accuracy"] = _validation(model, data)
         save_stage(out, "qat", model.state_dict(), facts)
         stage_path(out, "qat_training").unlink(missing_ok=True)
-    tell(Event("qat", values={"accuracy": facts["validation_accuracy"]}))
+    tell(Event("qat", values={"validation accuracy": facts["validation_accuracy"]}))
     return facts["history"], facts["seconds"]
 
 
@@ -209,7 +209,7 @@ def _train(
     def show(now: TrainProgress) -> None:
         values = {"loss": now.loss}
         if now.record and "validation_accuracy" in now.record:
-            values["accuracy"] = now.record["validation_accuracy"]
+            values["validation accuracy"] = now.record["validation_accuracy"]
         if now.record or now.step % 20 == 0:
             # one unit is kept back for what follows training, so that the stage is not shown as finished
             tell(Event(stage, now.step, now.steps + 1, values))
