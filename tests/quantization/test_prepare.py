@@ -114,7 +114,7 @@ def test_multihead_attention_is_left_alone_with_a_reason() -> None:
     assert set(sites(model)) == {"linear1.weight", "linear1.input", "linear2.weight", "linear2.input"}
     reasons = {x.name: x.reason for x in coverage.leftovers}
     assert "subclass of Linear" in reasons["self_attn.out_proj.weight"]
-    assert "MultiheadAttention is not a layer that multiplies through" in reasons["self_attn.in_proj_weight"]
+    assert "no quantized form of MultiheadAttention" in reasons["self_attn.in_proj_weight"]
     assert reasons["norm1.weight"] == "LayerNorm: normalisation stays in float"
 
 

@@ -173,3 +173,28 @@ def test_the_product_of_two_activations_takes_no_norm() -> None:
             return self.norm(self.product(x, x))
 
     assert folds(Product(), (2, 5, 5)) == {}
+
+
+@pytest.mark.parametrize(
+    ("layer", "macs"),
+    [
+        # q, k, v and out are 4 x 8 x 8 a token; scores and context 2 x 5 x 8 a token
+        (nn.MultiheadAttention(8, 2, batch_first=True), 5 * (4 * 8 * 8 + 2 * 5 * 8)),
+        # four gates of an input and a hidden product each, a step
+        (nn.LSTM(8, 8, batch_first=True), 5 * 4 * (8 * 8 + 8 * 8)),
+    ],
+)
+def test_products_of_fused_layers_count_as_float(layer: nn.Module, macs: int) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = layer, nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            arguments = (x, x, x) if isinstance(self.layer, nn.MultiheadAttention) else (x,)
+            return self.head(self.layer(*arguments)[0])
+
+    model, x = Model(), torch.randn(3, 5, 8)
+    prepare(model, Scheme(bits=4), Scheme(bits=4))
+    found = trace(model, x)
+    assert (found.layers["head"].macs, found.float_macs) == (5 * 8 * 2, macs)

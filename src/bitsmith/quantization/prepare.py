@@ -298,7 +298,9 @@ def _reason(module: nn.Module, parameter_name: str) -> str:
     parents = [base.__name__ for base in SWAPS if isinstance(module, base)]
     if parents:
         return f"{kind} is a subclass of {parents[0]} whose forward may use the weight differently"
-    return f"{kind} is not a layer that multiplies through nn.Linear, nn.Conv1d, nn.Conv2d or MatMul"
+    if isinstance(module, nn.MultiheadAttention):
+        return f"no quantized form of {kind}: write it with nn.Linear and bitsmith.MatMul"
+    return f"no quantized form of {kind}"
 
 
 SWAPS_BY_QUANT: dict[type[nn.Module], tuple[str, ...]] = dict(SWAPS.values())

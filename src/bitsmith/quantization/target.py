@@ -34,7 +34,7 @@ class Target:
         allowed = self.weight_granularities if kind == "weight" else self.activation_granularities
         if scheme.granularity not in allowed:
             raise TargetError(
-                f"target {self.name} does not hold this granularity of a {kind}",
+                f"target {self.name} does not hold this granularity of {kind}s",
                 where=f"{site}.granularity",
                 got=scheme.granularity,
                 expected=listing(allowed),

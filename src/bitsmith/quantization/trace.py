@@ -8,12 +8,15 @@ the sites' from shapes; what is left over is the difference.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -91,7 +94,7 @@ def trace(model: nn.Module, example: Any) -> Trace:
     for name, quantizer in quantizers.items():
         hooks.append(quantizer.register_forward_pre_hook(lambda _, __, name=name: called.add(name)))
     try:
-        with in_eval_mode(model), FlopCounterMode(display=False) as flops, consumers:
+        with in_eval_mode(model), _unfused(), FlopCounterMode(display=False) as flops, consumers:
             output = model(*arguments)
     finally:
         for hook in hooks:
@@ -115,6 +118,19 @@ def trace(model: nn.Module, example: Any) -> Trace:
     }
     total = flops.get_total_flops() // 2 // samples
     return Trace(layers, folds, max(total - sum(entry.macs for entry in layers.values()), 0))
+
+
+@contextlib.contextmanager
+def _unfused() -> Iterator[None]:
+    """Inside, attention and recurrent layers run as the products they consist of: the counter misses their
+    fused forms (nn.MultiheadAttention's fast path, oneDNN's LSTM)."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.backends.mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _can_fold(layer: Any, norm: Any, weight_uses: Counter[int]) -> bool:
