@@ -124,13 +124,17 @@ def trace(model: nn.Module, example: Any) -> Trace:
 def _unfused() -> Iterator[None]:
     """Inside, attention and recurrent layers run as the products they consist of: the counter misses their
     fused forms (nn.MultiheadAttention's fast path, oneDNN's LSTM)."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    mha = torch.backends.mha
+    mkldnn: Any = torch.backends.mkldnn  # its flags() would warn of TF32 and set more than this one
+    fast, fused = mha.get_fastpath_enabled(), mkldnn.enabled
+    mha.set_fastpath_enabled(False)
+    mkldnn.enabled = False
     try:
-        with torch.backends.mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+        mha.set_fastpath_enabled(fast)
+        mkldnn.enabled = fused
 
 
 def _can_fold(layer: Any, norm: Any, weight_uses: Counter[int]) -> bool:
