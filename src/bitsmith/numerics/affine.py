@@ -104,16 +104,17 @@ class _FakeQuantize(torch.autograd.Function):
         count: int,
         seed: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, scale, exponent, low, high, half, zero_point, seed)
-        ctx.rule = (estimator, clip_only, count)
         s = scale if exponent is None else scale * torch.exp2(exponent)
+        ctx.save_for_backward(x, scale, exponent, low, high, half, zero_point, seed, s)
+        ctx.rule = (estimator, clip_only, count)
         return _levels(x / s, low, high, half, zero_point, seed).mul_(s)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, exponent, low, high, half, zero_point, seed = ctx.saved_tensors
+        x, scale, exponent, low, high, half, zero_point, seed, s = ctx.saved_tensors
         estimator, clip_only, count = ctx.rule
-        s = scale if exponent is None else scale * torch.exp2(exponent)
+        if exponent is not None and torch.is_grad_enabled():  # for second derivatives: s with its history
+            s = scale * torch.exp2(exponent)
         u = x / s
         q = _levels(u, low, high, half, zero_point, seed, keep=True)
         reach = 0.5 if seed is None else 1.0
