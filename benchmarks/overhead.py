@@ -2,11 +2,11 @@
 
     python benchmarks/overhead.py                    # all cases; several minutes, most of them compiling
     python benchmarks/overhead.py --cases cnn        # cases whose name contains this
-    python benchmarks/overhead.py --plain            # the quantizer as plain autograd formulas instead of our Function
 
-Both steps (forward, backward, fused AdamW) take turns in one process on one thread, so that a machine whose speed
-drifts slows both. The ratio is that of the minima; beside it the median of the rounds' own ratios and their
-spread (10th to 90th percentile). Time nothing else on the machine meanwhile.
+Three steps (forward, backward, fused AdamW) take turns in one process on one thread, so that a machine whose speed
+drifts slows all: float, QAT, and QAT with the quantizer as plain autograd formulas instead of our Function. The
+ratio is that of the minima; beside it the median of the rounds' own ratios and their spread (10th to 90th
+percentile), and both for the plain formulas. Time nothing else on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import _results
 import torch
@@ -91,7 +92,7 @@ CASES = {
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Time the two steps in turns."""
+    """Time the three steps in turns."""
     torch.manual_seed(0)
     torch.compiler.reset()
     model, x, loss = case.make()
@@ -99,27 +100,45 @@ def measure(case: Case) -> dict[str, Any]:
     activations = None if case.activations is None else Scheme(bits=case.activations)
     prepare(quantized, Scheme(bits=case.weights, granularity="channel"), activations, first_last_bits=None)
     calibrate(quantized, [x])
-    steps = [_step(m, x, loss, case.compiled) for m in (model, quantized)]
+    steps = {
+        "float": (_step(model, x, loss, case.compiled), affine.fake_quantize),
+        "plain": (_step(copy.deepcopy(quantized), x, loss, case.compiled), plain),
+        "qat": (_step(quantized, x, loss, case.compiled), affine.fake_quantize),
+    }
+    times: dict[str, list[float]] = {name: [] for name in steps}
+
+    def turn() -> None:
+        for name, (step, quantize) in steps.items():
+            with mock.patch.object(affine, "fake_quantize", quantize):
+                started = time.perf_counter()
+                step()
+                times[name].append(time.perf_counter() - started)
+
     started = time.perf_counter()
-    for step in steps * 3:
-        step()
+    for _ in range(3):
+        turn()
     warm_up = time.perf_counter() - started
-    times: list[list[float]] = [[], []]
+    for taken in times.values():
+        taken.clear()
     for _ in range(case.rounds):
-        for step, taken in zip(steps, times, strict=True):
-            started = time.perf_counter()
-            step()
-            taken.append(time.perf_counter() - started)
-    ratios = [q / f for f, q in zip(*times, strict=True)]
-    tenths = statistics.quantiles(ratios, n=10)
+        turn()
     return {
-        "float_ms": 1e3 * min(times[0]),
-        "qat_ms": 1e3 * min(times[1]),
-        "ratio": min(times[1]) / min(times[0]),
-        "median_ratio": statistics.median(ratios),
-        "spread": [tenths[0], tenths[-1]],
+        **{f"{name}_ms": 1e3 * min(taken) for name, taken in times.items()},
+        **_ratio(times["qat"], times["float"]),
+        "plain": _ratio(times["plain"], times["float"]),
         "bound": case.bound,
         "warm_up_seconds": warm_up,
+    }
+
+
+def _ratio(taken: list[float], base: list[float]) -> dict[str, Any]:
+    """Ratio of the minima, median of the rounds' ratios, and the rounds' 10th and 90th percentile."""
+    ratios = [t / b for t, b in zip(taken, base, strict=True)]
+    tenths = statistics.quantiles(ratios, n=10)
+    return {
+        "ratio": min(taken) / min(base),
+        "median_ratio": statistics.median(ratios),
+        "spread": [tenths[0], tenths[-1]],
     }
 
 
@@ -164,26 +183,24 @@ def main() -> None:
     )
     parser.add_argument("--cases", default="", help="only cases whose name contains this")
     parser.add_argument("--out", type=Path, default=None)
-    parser.add_argument("--plain", action="store_true", help="time the plain formulas")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    kind = "plain" if options.plain else "function"
-    if options.plain:
-        affine.fake_quantize = plain
-    stored = _results.load("overhead", options.out)
-    results = stored.get(kind, {})
+    results = _results.load("overhead", options.out)
     print(f"{_results.machine()['kind']}, one thread")
-    print(f"{'case':<30}{'float ms':>10}{'QAT ms':>10}{'ratio':>8}{'median':>8}{'10-90 %':>14}{'bound':>8}")
+    print(
+        f"{'case':<28}{'float ms':>9}{'QAT ms':>9}{'ratio':>7}{'median':>8}{'10-90 %':>12}{'bound':>7}"
+        f"{'plain':>8}{'median':>8}"
+    )
     for name, case in CASES.items():
         if options.cases in name:
             r = results[name] = measure(case)
             spread = f"{r['spread'][0]:.2f}-{r['spread'][1]:.2f}"
             print(
-                f"{name:<30}{r['float_ms']:>10.2f}{r['qat_ms']:>10.2f}{r['ratio']:>8.3f}{r['median_ratio']:>8.3f}"
-                f"{spread:>14}{r['bound']:>8.2f}",
+                f"{name:<28}{r['float_ms']:>9.2f}{r['qat_ms']:>9.2f}{r['ratio']:>7.3f}{r['median_ratio']:>8.3f}"
+                f"{spread:>12}{r['bound']:>7.2f}{r['plain']['ratio']:>8.3f}{r['plain']['median_ratio']:>8.3f}",
                 flush=True,
             )
-            _results.save("overhead", {**stored, kind: results}, options.out)
+            _results.save("overhead", results, options.out)
 
 
 if __name__ == "__main__":

@@ -79,12 +79,16 @@ def test_one_graph_serves_every_step_and_every_width(model: str, method: str) ->
 @pytest.mark.parametrize(("model", "method"), CASES)
 def test_it_compiles_to_what_eager_computes(model: str, method: str) -> None:
     net, _ = start(model, method)
-    results = []
+    results: list[dict[str, Tensor]] = []
     for forward in (net, torch.compile(net, backend="aot_eager", fullgraph=True)):
         net.train().zero_grad()
         logits = forward(X)
         cross_entropy(logits, Y).backward()
-        results.append([logits, *(p.grad for p in net.parameters() if p.grad is not None)])
+        grads = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+        results.append({"logits": logits, **grads})
     assert len(results[0]) > 10
-    for eager, compiled in zip(*results, strict=True):
-        assert torch.equal(eager, compiled)
+    for name, eager in results[0].items():
+        if name.endswith(".range"):  # a sum over the whole tensor, which a compiler orders its own way
+            torch.testing.assert_close(eager, results[1][name], rtol=1e-4, atol=1e-6)
+        else:
+            assert torch.equal(eager, results[1][name]), name

@@ -145,12 +145,8 @@ def fixed_at(net: nn.Module, model: str, bits: dict[str, int]) -> nn.Module:
     fixed.load_state_dict(state, strict=False)
     for (_, ours), theirs in zip(sites(fixed).items(), sites(net).values(), strict=True):
         row = int(theirs.bits.rows[0])
-        for tensor, rows in zip(
-            (*ours.parameters(), *ours.buffers(recurse=False)),
-            (theirs.range, *theirs.buffers(recurse=False)),
-            strict=True,
-        ):
-            tensor.data.copy_(rows[row : row + 1])
+        for part, tensor in (*ours.named_parameters(), *ours.named_buffers(recurse=False)):
+            tensor.data.copy_(getattr(theirs, part)[row : row + 1])
     return fixed
 
 

@@ -245,7 +245,7 @@ def test_inputs_are_left_untouched() -> None:
 
 
 @pytest.mark.parametrize("estimator", ["clipped", "stochastic"])
-def test_compiled_is_equal_to_eager_bit_for_bit(estimator: str) -> None:
+def test_compiled_is_equal_to_eager_bit_for_bit_up_to_the_order_of_a_sum(estimator: str) -> None:
     torch.compiler.reset()
     x, g = torch.randn(2, 4, 60, generator=torch.Generator().manual_seed(3))
     low, high, half = level_tensors("seq", 2)
@@ -259,5 +259,6 @@ def test_compiled_is_equal_to_eager_bit_for_bit(estimator: str) -> None:
         leaves = [x.clone().requires_grad_(), torch.full((4, 1), 0.9, requires_grad=True)]
         y = function(*leaves)
         results.append((y, *torch.autograd.grad(y, leaves, g)))
-    for eager, compiled in zip(*results, strict=True):
-        assert torch.equal(eager, compiled)
+    (y, d_x, d_s), (compiled_y, compiled_d_x, compiled_d_s) = results
+    assert torch.equal(y, compiled_y) and torch.equal(d_x, compiled_d_x)
+    torch.testing.assert_close(d_s, compiled_d_s, rtol=1e-5, atol=1e-5)  # a sum, in another order

@@ -33,16 +33,20 @@ def layer(weights: Scheme, activations: Scheme) -> nn.Module:
 def test_values_and_gradients_are_those_of_eager(case: str) -> None:
     net = layer(*CASES[case])
     torch.compiler.reset()
-    results: list[list[Tensor]] = []
+    results: list[dict[str, Tensor]] = []
     for forward in (net, torch.compile(net, backend="aot_eager", fullgraph=True)):
         net.zero_grad()
         x = (X + 0.7).requires_grad_()
         y = forward(x)
         y.backward(X[:, :5])
-        results.append([y, x.grad, *(p.grad for p in net.parameters() if p.grad is not None)])
+        grads = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+        results.append({"y": y, "x": x.grad, **grads})
     assert len(results[0]) >= 4
-    for eager, compiled in zip(*results, strict=True):
-        assert torch.equal(eager, compiled)
+    for name, eager in results[0].items():
+        if name.endswith((".range", ".zero_shift")):  # sums, which a compiler orders its own way
+            torch.testing.assert_close(eager, results[1][name], rtol=1e-4, atol=1e-6)
+        else:
+            assert torch.equal(eager, results[1][name]), name
 
 
 def test_layers_of_all_widths_share_one_graph() -> None:

@@ -14,10 +14,10 @@ Differences from the well-known implementations. (1) x is divided by the scale, 
 inverse (17 % of the codes differ for inputs that lie on a grid; runtimes divide). (2) The result is the
 value itself, not x + (Q - x), which misses Q in a third of the cases. (3) "Inside the grid" means that x
 lies within half a step of a level (torch's fake_quantize, but for the very edge), where LSQ as printed uses
--Qn < x/s < Qp: half a step narrower, and wrong for `seq`. (4) Backward saves x and the scale and computes
-the rest again: no second copy of an activation is kept. Its in-place arithmetic is what makes it cheap (an
-allocation costs four passes over memory); under torch.compile and for second derivatives the same formulas
-stand as expressions.
+-Qn < x/s < Qp: half a step narrower, and wrong for `seq`. (4) Backward keeps x and the value, which the layer
+that takes it keeps anyway: no further copy of an activation. Eager, everything else follows from their
+difference in five passes over memory (an allocation costs four more, hence the in-place arithmetic); under
+torch.compile and for second derivatives the same formulas stand as expressions of x.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from bitsmith.numerics.rounding import SURROGATES, Estimator, hash_uniform
 
-EDGE = 1e-6  # half a step away is still inside: what rounds to the last level
+EDGE = 1e-4  # steps: half a step away is still inside, though 255 * s - x is off by 255 roundings of 2^-24
 
 
 def quantize(
@@ -105,39 +105,45 @@ class _FakeQuantize(torch.autograd.Function):
         seed: Tensor | None,
     ) -> Tensor:
         s = scale if exponent is None else scale * torch.exp2(exponent)
-        ctx.save_for_backward(x, scale, exponent, low, high, half, zero_point, seed, s)
+        y = _levels(x / s, low, high, half, zero_point, seed).mul_(s)
+        ctx.save_for_backward(x, scale, exponent, low, high, half, zero_point, seed, s, y)
         ctx.rule = (estimator, clip_only, count)
-        return _levels(x / s, low, high, half, zero_point, seed).mul_(s)
+        return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, exponent, low, high, half, zero_point, seed, s = ctx.saved_tensors
+        x, scale, exponent, low, high, half, zero_point, seed, s, y = ctx.saved_tensors
         estimator, clip_only, count = ctx.rule
-        if exponent is not None and torch.is_grad_enabled():  # for second derivatives: s with its history
-            s = scale * torch.exp2(exponent)
-        u = x / s
-        q = _levels(u, low, high, half, zero_point, seed, keep=True)
         reach = 0.5 if seed is None else 1.0
-        compiling = torch.compiler.is_compiling()
-        if torch.is_grad_enabled() or compiling:
-            inside = ((q - u).abs() <= reach).to(g.dtype)
-            gm = g * inside
-            if not compiling:  # second derivatives: straight-through here, too
-                q = torch.where(inside > 0, u + (q - u).detach(), q)
-        else:  # hardtanh's backward is the one operator that masks by a range in one pass
-            gm = torch.ops.aten.hardtanh_backward(g, q - u, -reach - EDGE, reach + EDGE)
+        learned = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            if exponent is not None:  # s with its history, for second derivatives
+                s = scale * torch.exp2(exponent)
+            u = x / s
+            q = _levels(u, low, high, half, zero_point, seed, keep=True)
+            error = q - u
+            inside = error.abs() <= reach
+            gm = torch.where(inside, g, 0.0)
+            slope = torch.where(inside, 0.0 if clip_only else error.detach(), q)  # of the value by the scale
+            d_exponent = _sum_by_parts(g * slope, s) * s if learned else None
+        else:
+            error = (y - x).div_(s)
+            # hardtanh's backward is the one operator that masks by a range in one pass
+            gm = torch.ops.aten.hardtanh_backward(g, error, -reach - EDGE, reach + EDGE)
+            d_exponent = _sum_to(g, y, s) - _sum_to(gm, y if clip_only else x, s) if learned else None
 
-        d_scale = d_exponent = d_zero_point = None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            inner = _sum_to(gm, q if clip_only else u, s)
-            d_scale = (_sum_to(g, q, s) - inner) * (high.clamp(min=1) * count).rsqrt()
-            if exponent is not None:
-                d_scale, d_exponent = None, d_scale * (s * math.log(2))
+        d_scale = d_zero_point = None
+        if d_exponent is not None:
+            factor = (1.0 if exponent is None else math.log(2)) / math.sqrt(count)
+            d_exponent = d_exponent * (high.clamp(min=1).rsqrt() * factor)
+            if exponent is None:
+                d_scale, d_exponent = d_exponent / s, None
         if zero_point is not None and ctx.needs_input_grad[6]:
             d_zero_point = -s * _sum_to(g - gm, None, s)
         d_x = g if estimator == "pure" else gm
         if estimator in SURROGATES:
-            d_x = d_x * SURROGATES[estimator](g, u if half is None else u - half, q - u, high - low)
+            u = x / s
+            d_x = d_x * SURROGATES[estimator](g, u if half is None else u - half, error, high - low)
         return d_x, d_scale, d_exponent, None, None, None, d_zero_point, None, None, None, None
 
 
@@ -171,10 +177,19 @@ def _levels(
 
 def _sum_to(a: Tensor, b: Tensor | None, like: Tensor) -> Tensor:
     """sum of a * b over the axes along which ``like`` is broadcast."""
-    if b is not None and like.numel() == 1 and not torch.is_grad_enabled():
+    if b is not None and like.numel() == 1 and a.dtype == b.dtype and not torch.is_grad_enabled():
         if a.is_contiguous() and b.is_contiguous():
             return torch.dot(a.view(-1), b.view(-1)).view(like.shape)
         if a.ndim == 4 and a.stride() == b.stride() and a.is_contiguous(memory_format=torch.channels_last):
             count = a.numel()  # in the order of memory
             return torch.dot(a.as_strided((count,), (1,)), b.as_strided((count,), (1,))).view(like.shape)
     return (a if b is None else a * b).sum_to_size(like.shape)
+
+
+def _sum_by_parts(a: Tensor, like: Tensor) -> Tensor:
+    """sum of a over the axes along which ``like`` is broadcast: where that is all of them, first over those
+    that a normalization reduces (images by channel, tokens by feature), so that a compiler makes one loop of
+    this sum and the normalization's two."""
+    if like.numel() > 1:
+        return a.sum_to_size(like.shape)
+    return (a.sum((0, 2, 3)) if a.ndim == 4 else a.sum(-1)).sum().view(like.shape)

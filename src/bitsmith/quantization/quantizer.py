@@ -91,9 +91,7 @@ class Quantizer(nn.Module):
         self.register_buffer("base_scale", like.new_full((rows, channels), torch.nan))
         for buffer in ("zero_point", "low", "high"):
             self.register_buffer(buffer, like.new_zeros(rows, channels))
-        halves = (
-            scheme.grid == "seq" or (scheme.grid == "auto" and self.seq_allowed) or scheme.range == "dorefa"
-        )
+        halves = any(self.grid_at(width) == "seq" for width in like.int().tolist())
         self.register_buffer("half_step", like.new_zeros(rows, 1) if halves else None)
         for row, width in enumerate(like.int().tolist()):
             self._set_bounds(row, self.grid_at(width), width)
@@ -235,6 +233,8 @@ class Quantizer(nn.Module):
             low, high = 0, 1  # an activation of one bit is on or off: {-1, 0} would hold negatives only
         self.zero_point[row] = zero_point
         self.low[row], self.high[row] = low - self.zero_point[row], high - self.zero_point[row]
+        if half and self.half_step is None:  # no other row of this site has one
+            self.half_step = torch.zeros_like(self.low[:, :1])
         if self.half_step is not None:
             self.half_step[row] = half
 
