@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from bitsmith.cli.options import Json, OtherData, OwnModel, RunDirectory
 from bitsmith.cli.show import output, print_json, table
 
 EXAMPLES = (
@@ -17,15 +17,8 @@ EXAMPLES = (
 
 
 def command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
-    data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DATA",
-            help="Other data, as in a recipe: digits, npz:FILE, folder:DIR, module:factory.",
-            show_default=False,
-        ),
-    ] = None,
+    run: RunDirectory,
+    data: OtherData = None,
     shift: Annotated[
         str | None,
         typer.Option(
@@ -34,15 +27,8 @@ def command(
             show_default=False,
         ),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="module:factory",
-            help="What builds the model, where it is not a built-in one.",
-            show_default=False,
-        ),
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    model: OwnModel = None,
+    json: Json = False,
 ) -> None:
     """Measure the packed model of a run on its test images, or on yours, and under shifts of the input."""
     from bitsmith.recipe.reopen import evaluate_run

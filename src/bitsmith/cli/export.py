@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from bitsmith.cli.options import Json, OtherData, OwnModel, RunDirectory
 from bitsmith.cli.show import output, print_json, table
 
 EXAMPLES = (
@@ -16,27 +17,13 @@ EXAMPLES = (
 
 
 def command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
+    run: RunDirectory,
     to: Annotated[
         str, typer.Option("--to", metavar="FORMATS", help="native, onnx, or both with a comma.")
     ] = "native,onnx",
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="module:factory",
-            help="What builds the model, where it is not a built-in one.",
-            show_default=False,
-        ),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DATA",
-            help="What to verify on, where the run's data is not built in.",
-            show_default=False,
-        ),
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the certificate and nothing else.")] = False,
+    model: OwnModel = None,
+    data: OtherData = None,
+    json: Json = False,
 ) -> None:
     """Export the trained codes of a run, never re-quantized, and run each file in its own runtime.
 

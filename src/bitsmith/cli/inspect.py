@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from bitsmith.cli.options import Json
 from bitsmith.cli.show import facts, output, print_json, table
 
 EXAMPLES = (
@@ -27,7 +28,7 @@ def command(
     system: Annotated[
         bool, typer.Option("--system", help="Show the machine and the versions in use.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    json: Json = False,
 ) -> None:
     """Show sites, bits, bytes, BOPs and coverage: nothing is quantized, or left out, in silence."""
     from bitsmith.errors import RecipeError
