@@ -52,7 +52,7 @@ MEANING = {
     "methods": "a list of methods with their options",
     "train": "the quantization-aware training: see below",
     "float": "the training of the float baseline: the keys of `train`; what it does not say is taken from there",
-    "export": "the files to write, each compared with the trained model",
+    "export": "the files to write, each compared with the trained model; `target: research` has no ONNX file",
     "quantize.weights": "a scheme, see below; weights are per channel unless it says otherwise",
     "quantize.activations": "a scheme for the inputs of all multiplying layers; null leaves them in float",
     "quantize.overrides": "glob on site names → changed fields of the scheme; the last match wins, and a glob that "

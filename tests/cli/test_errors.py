@@ -57,6 +57,10 @@ RECIPES = {
     "data argument": (["data.arguments.fold=7"], ["data digits", "7", "0 to 4"]),
     "missing data file": (["data=npz:nowhere.npz"], ["npz:nowhere.npz", "no such file", "Check the path"]),
     "export format": (["export=[onxx]"], ["export.0", "onxx", "Did you mean onnx?"]),
+    "export that the target cannot run": (
+        ["target=research", "export=[native, onnx]"],
+        ["the default recipe, export", "no runtime", "[native, onnx]", "target: onnxruntime"],
+    ),
     "missing weights": (
         ["pretrained=nowhere.safetensors"],
         ["nowhere.safetensors", "no such", "Check the path"],

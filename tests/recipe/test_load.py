@@ -49,6 +49,15 @@ def test_weights_are_quantized_per_channel_unless_said_otherwise() -> None:
     assert spec.weights.granularity == "tensor"
 
 
+def test_a_target_without_a_runtime_has_no_onnx_file() -> None:
+    assert parse_recipe({"target": "research"}).export == ["native"]
+    assert parse_recipe({"target": "research", "export": []}).export == []
+    with pytest.raises(
+        RecipeError, match=r"mine\.yaml, export: target research has no runtime.*export: \[nat"
+    ):
+        parse_recipe({"target": "research", "export": ["onnx"]}, "mine.yaml")
+
+
 def get(recipe: Recipe, *path: str | int) -> object:
     value: object = recipe.to_dict()
     for part in path:

@@ -25,12 +25,13 @@ from pydantic import (
 )
 from pydantic_core.core_schema import ValidationInfo
 
-from bitsmith.errors import BitsmithError
+from bitsmith.errors import BitsmithError, RecipeError
 from bitsmith.quantization.scheme import Scheme
 from bitsmith.train.config import TrainConfig
 
 Export = Literal["native", "onnx"]
 EXPORTS: tuple[Export, ...] = get_args(Export)
+NO_RUNTIME = "research"  # the target that gives figures only
 
 
 def _placed(value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
@@ -103,6 +104,18 @@ class Recipe(Section):
     float_train: Annotated[TrainConfig | None, Placed] = Field(default=None, alias="float")
     export: list[Export] = Field(default_factory=lambda: list(EXPORTS))
 
+    @model_validator(mode="after")
+    def _exports_have_a_runtime(self) -> Recipe:
+        if self.target == NO_RUNTIME and "onnx" in self.export:
+            raise RecipeError(
+                f"target {NO_RUNTIME} has no runtime, so no ONNX file",
+                where="export",
+                got=f"[{', '.join(self.export)}]",
+                expected="[native] or []",
+                remedy="Write export: [native], or target: onnxruntime",
+            )
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for YAML, in the order of the contract."""
         return self.model_dump(by_alias=True)
@@ -131,9 +144,12 @@ def resolve(document: Mapping[str, Any]) -> dict[str, Any]:
     """Fill in what depends on another key.
 
     Weights are quantized per channel unless said otherwise. ``float:`` takes what it does not say from
-    ``train:`` (no distillation: it has no teacher); with `pretrained` weights it is left out.
+    ``train:`` (no distillation: it has no teacher); with `pretrained` weights it is left out. A target
+    without a runtime exports the native files alone.
     """
     resolved = dict(document)
+    if resolved.get("target") == NO_RUNTIME:
+        resolved.setdefault("export", ["native"])
     quantize = resolved.get("quantize")
     if isinstance(quantize, Mapping) and isinstance(quantize.get("weights"), Mapping):
         resolved["quantize"] = {**quantize, "weights": {"granularity": "channel", **quantize["weights"]}}
