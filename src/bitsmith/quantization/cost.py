@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bitsmith.quantization.layers import QuantMatMul
+from bitsmith.quantization.liveness import Liveness, liveness
 from bitsmith.quantization.prepare import SWAPS_BY_QUANT
 from bitsmith.quantization.quantizer import Quantizer, sites
 from bitsmith.quantization.scheme import FLOAT
@@ -48,6 +49,7 @@ class LayerCost:
     weight_zero_points: int
     bias_elements: int
     activation_elements: Mapping[str, int]
+    weight_shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class CostModel:
     """The cost of a prepared model as a function of the bits of its sites.
 
     float_macs: multiply-accumulates outside every site; other_bytes: activation scales and zero points, and
-    parameters and buffers that no quantized layer owns, after folding; float_bytes: the float model's.
+    parameters and buffers that no quantized layer owns, after folding; float_bytes: the float model's; live:
+    which activations exist at the same time.
     """
 
     layers: tuple[LayerCost, ...]
@@ -64,6 +67,7 @@ class CostModel:
     other_bytes: int
     float_bytes: int
     target: Target
+    live: Liveness = field(default_factory=Liveness)
 
     def bops(self, bits: Bits) -> Any:
         """Bit operations per sample; differentiable in the bits."""
@@ -82,10 +86,11 @@ class CostModel:
         """Bytes of all that the file stores; exact for integers, with codes at bits / 8 for tensors."""
         total: Any = self.other_bytes
         for layer in self.layers:
-            total = total + self._layer_bytes(layer, bits)
+            total = total + self.layer_bytes(layer, bits)
         return total
 
-    def _layer_bytes(self, layer: LayerCost, bits: Bits) -> Any:
+    def layer_bytes(self, layer: LayerCost, bits: Bits) -> Any:
+        """Bytes of a layer's weight, scales, zero points and bias."""
         width = bits.get(layer.operands[0], FLOAT) if layer.weight_elements else FLOAT
         fixed = FLOAT_BYTES * layer.bias_elements
         if not isinstance(width, Tensor) and width == FLOAT:
@@ -95,6 +100,10 @@ class CostModel:
             return fixed + layer.weight_elements * width / 8
         held = self.target.weight_containers.get(int(width), 8)
         return fixed + math.ceil(layer.weight_elements * held / 8)
+
+    def activation_bytes(self, bits: Bits) -> Any:
+        """Peak bytes of the activations that live at one time, per sample; exact for integers."""
+        return self.live.peak_bytes(bits)
 
     def average_bits(self, bits: Bits, kind: str) -> Any:
         """Mean bits over the elements of all weights ("weight") or of all operands that are activations."""
@@ -117,6 +126,8 @@ class CostModel:
             "bops_float": self.bops_float,
             "weight_bytes": self.weight_bytes(bits),
             "weight_bytes_float": self.float_bytes,
+            "activation_bytes": self.activation_bytes(bits),
+            "activation_bytes_float": self.activation_bytes({}),
             "average_weight_bits": self.average_bits(bits, "weight"),
             "average_activation_bits": self.average_bits(bits, "activation"),
             "float_macs": self.float_macs,
@@ -129,7 +140,7 @@ class CostModel:
                     "activation_bits": bits.get(layer.operands[1], FLOAT),
                     "operand_bits": [bits.get(site, FLOAT) for site in layer.operands],
                     "weight_elements": layer.weight_elements,
-                    "weight_bytes": self._layer_bytes(layer, bits),
+                    "weight_bytes": self.layer_bytes(layer, bits),
                     "bops": layer.macs
                     * bits.get(layer.operands[0], FLOAT)
                     * bits.get(layer.operands[1], FLOAT),
@@ -176,6 +187,7 @@ def measure(model: nn.Module, example: Any, target: str | Target | None = None) 
                 zero_points,
                 bias,
                 entry.operands,
+                () if isinstance(layer, QuantMatMul) else tuple(layer.weight.shape),
             )
         )
     own = {id(t) for q in quantizers.values() for t in (*q.parameters(), *q.buffers())}
@@ -200,6 +212,7 @@ def measure(model: nn.Module, example: Any, target: str | Target | None = None) 
         other_bytes=other,
         float_bytes=_bytes({id(t): t for t in plain.values()}),
         target=get_target(target if target is not None else getattr(model, "bitsmith_target", "native")),
+        live=liveness(model, example, found.folds.values()),
     )
 
 

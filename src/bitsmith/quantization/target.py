@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bitsmith.errors import TargetError, listing, nearest
-from bitsmith.quantization.scheme import Scheme
+from bitsmith.quantization.cost_table import CostTable, Shared
+from bitsmith.quantization.scheme import FLOAT, Scheme
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,10 @@ class Target:
     weight_containers      bits of a code -> bits that it takes in the file
     weight_granularities, activation_granularities, grids, activation_ranges: what it can hold
     runs                   what runs the file, for people
+    pairs                  (weight, activation) widths that it can multiply; None: all. A float operand is no
+                           matter of the target's
+    shared                 sites that must have one width (cost_table.shared_from)
+    latency, energy        what a layer costs there, for budgets that name the table "latency" or "energy"
     """
 
     name: str
@@ -28,6 +33,14 @@ class Target:
     weight_grids: tuple[str, ...]
     dynamic_activations: bool
     runs: str
+    pairs: tuple[tuple[int, int], ...] | None = None
+    shared: Shared = ()
+    latency: CostTable | None = None
+    energy: CostTable | None = None
+
+    def multiplies(self, first: int, second: int) -> bool:
+        """Whether it has a product of operands of these widths (of a MatMul, left and right)."""
+        return self.pairs is None or FLOAT in (first, second) or (first, second) in self.pairs
 
     def check(self, site: str, kind: str, scheme: Scheme, layer: str) -> None:
         """Raise TargetError where this target cannot hold ``scheme`` at ``site`` of a ``layer`` class."""
