@@ -8,14 +8,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from bitsmith.files import write_atomic
-from bitsmith.report import behaviour, outcome, page, record, words
+from bitsmith.report import behaviour, hardware, outcome, page, record, words
 from bitsmith.report.metrics import Run, read_run
 
 
 def write_report(run_directory: str | Path) -> Path:
-    """Write ``report.html`` into a run directory, from the files that it holds. Raises FormatError."""
+    """Write ``report.html`` into a run directory, from the files that it holds. Raises FormatError.
+
+    Where the layers' costs are known, ``hardware_profile.csv`` is written beside it.
+    """
     run = read_run(run_directory)
     path = run.directory / "report.html"
+    table = hardware.to_csv(hardware.profile(run))
+    if table:
+        write_atomic(run.directory / hardware.FILE, table.encode())
     write_atomic(path, render(run).encode())
     return path
 
@@ -34,6 +40,7 @@ def render(run: Run) -> str:
         for row in (
             (outcome.accuracy(run), outcome.cost(run)),
             (outcome.layers(run),),
+            (hardware.card(run),),
             (behaviour.traces(run),),
             (behaviour.confusion(run), behaviour.misread(run)),
             (page.stack((behaviour.shifts(run), record.timings(run))), record.certificate(run)),

@@ -40,6 +40,7 @@ class Layer:
     weight_bytes: float | None = None
     bops: float | None = None
     macs: float | None = None
+    weight_elements: float | None = None
 
     @property
     def is_product(self) -> bool:
@@ -76,7 +77,7 @@ class Run:
     files: Mapping[str, int] = field(default_factory=dict)  # exported file -> bytes on disk
 
     def accuracy(self, stage: str) -> float | None:
-        """Accuracy in 0..1 of "float", "post_training", "quantized", "uniform" or "exported"."""
+        """Accuracy in 0..1 of "float", "post_training", "quantized", "searched", "uniform" or "exported"."""
         if stage == "exported":
             exports = self.metrics.get("exported") or {}
             order = sorted(exports, key=lambda name: name == "native")  # other people's runtimes first
@@ -92,10 +93,7 @@ class Run:
     @property
     def budgets(self) -> list[Mapping[str, Any]]:
         """The budgets that had a limit: none, one or several."""
-        found = self.metrics.get("budget") or []
-        return [
-            one for one in ([found] if isinstance(found, dict) else found) if one.get("limit") is not None
-        ]
+        return [one for one in _listed(self.metrics.get("budget")) if one.get("limit") is not None]
 
     @property
     def test_images(self) -> int | None:
@@ -205,6 +203,7 @@ def _read_metrics(path: Path) -> dict[str, Any]:
         "float",
         "post_training",
         "quantized",
+        "searched",
         "uniform",
         "exported",
         "shift",
@@ -222,8 +221,9 @@ def _read_metrics(path: Path) -> dict[str, Any]:
                 remedy="Give the directory of a finished `bitsmith run`",
             )
     accuracies: list[tuple[str, Any]] = [
-        (f"{stage}.accuracy", (metrics.get(stage) or {}).get("accuracy"))
-        for stage in ("float", "post_training", "quantized", "uniform")
+        (f"{stage}.{key}", (metrics.get(stage) or {}).get(key))
+        for stage in ("float", "post_training", "quantized", "searched", "uniform")
+        for key in ("accuracy", "validation_accuracy")
     ]
     for group in ("exported", "shift"):
         for name, entry in (metrics.get(group) or {}).items():
@@ -238,7 +238,30 @@ def _read_metrics(path: Path) -> dict[str, Any]:
         figure = value is not None and not isinstance(value, (dict, list, str))
         if figure and not (is_number(value) and value >= 0):
             raise FormatError(f"cost.{key} is not a cost", where=str(path), got=value, expected=">= 0")
+    _check_contest(path, metrics)
     return metrics
+
+
+def _check_contest(path: Path, metrics: Mapping[str, Any]) -> None:
+    """The parts of a metrics file that a search under budgets adds."""
+    if metrics.get("winner") not in (None, "searched", "uniform"):
+        raise FormatError(
+            "winner is no contender", where=str(path), got=metrics["winner"], expected="searched or uniform"
+        )
+    if not isinstance(metrics.get("budget") or [], (dict, list)):
+        raise FormatError("budget is not a list", where=str(path), got=metrics["budget"])
+    for entry in _listed(metrics.get("budget")):
+        if not isinstance(entry, dict):
+            raise FormatError("budget holds what is not an object", where=str(path), got=entry)
+        for key in ("limit", "used"):
+            value = entry.get(key)
+            if value is not None and not (is_number(value) and value >= 0):
+                raise FormatError(f"budget.{key} is not a cost", where=str(path), got=value, expected=">= 0")
+
+
+def _listed(found: Any) -> list[Any]:
+    """One budget is an object of its own in older files."""
+    return [found] if isinstance(found, dict) else found or []
 
 
 def _layer(entry: Mapping[str, Any]) -> Layer:
@@ -252,6 +275,7 @@ def _layer(entry: Mapping[str, Any]) -> Layer:
         weight_bytes=entry.get("weight_bytes"),
         bops=entry.get("bops"),
         macs=entry.get("macs"),
+        weight_elements=entry.get("weight_elements"),
     )
 
 

@@ -10,7 +10,7 @@ their width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -266,6 +266,38 @@ def share_bar(share: float, kind: str) -> str:
         '<rect width="100%" height="4" rx="2" class="track"/>'
         f'<rect width="{100 * min(share, 1):.2f}%" height="4" rx="2" class="f-{kind}"/></svg>'
     )
+
+
+def pairs(shares: Mapping[tuple[float, float], float], show: Format, kind: str, label: str) -> str:
+    """Shares of (weight, activation) widths as tinted cells: weights downwards, activations to the right."""
+    rows, columns = (sorted({pair[axis] for pair in shares}) for axis in (0, 1))
+    tall, wide = 44, 100 / len(columns)
+    body = []
+    for i, row in enumerate(rows):
+        body.append(_text("0", f"{tall * (i + 0.5):g}", _bits(row), "tick end", dx=-10, dy=4))
+        for j, column in enumerate(columns):
+            share = shares.get((row, column), 0.0)
+            # the tint stays light enough for the ink of the figure on it
+            tint = f'class="f-{kind}" fill-opacity="{0.1 + 0.5 * math.sqrt(share):.2f}"'
+            style = tint if share else 'class="track"'
+            said = f"weights {_bits(row)}, activations {_bits(column)}: {show(share)}"
+            body.append(
+                f'<rect x="{wide * j + 0.4:.2f}%" y="{tall * i + 1}" width="{wide - 0.8:.2f}%" '
+                f'height="{tall - 3}" rx="4" {style}><title>{escape(said)}</title></rect>'
+            )
+            if share:
+                x = f"{wide * (j + 0.5):.2f}%"
+                body.append(_text(x, f"{tall * (i + 0.5):g}", show(share), "cell middle", dy=4))
+    height = tall * len(rows)
+    for j, column in enumerate(columns):
+        body.append(_text(f"{wide * (j + 0.5):.2f}%", f"{height}", _bits(column), "tick middle", dy=16))
+    body.append(_text("50%", f"{height}", "activation bits", "tick middle", dy=36))
+    body.append(_text("0", "0", "weight bits", "tick", dx=-46, dy=-9))
+    return _svg(height, "".join(body), label, "room-pairs")
+
+
+def _bits(width: float) -> str:
+    return "float" if width >= 32 else f"{width:.3g}"
 
 
 def heat(counts: Sequence[Sequence[int]], names: Sequence[str], label: str) -> str:
