@@ -58,6 +58,17 @@ def test_runs_stand_side_by_side(tmp_path: Path) -> None:
     assert html.count("hollow") >= 2
 
 
+def test_a_table_that_is_wider_than_a_phone_shows_that_it_goes_on(tmp_path: Path) -> None:
+    html = write_comparison([build_run(tmp_path / "run", optional=False)], tmp_path / "c.html").read_text(
+        "utf-8"
+    )
+    assert '<div class="scroll" tabindex="0" role="region" aria-label="Runs side by side">' in html
+    box = html.partition("\n.scroll {")[2].partition("}")[0]
+    # the shade stays at the edge of the box; its cover moves with the table, and lies over it at either end
+    assert box.count("var(--shade)") == box.count("no-repeat local") == 2
+    assert html.count("--shade:") == 2, "one for light pages, one for dark ones"
+
+
 def test_one_run_and_a_bare_run_can_be_compared(tmp_path: Path) -> None:
     bare = build_run(tmp_path / "bare", optional=False)
     Document(write_comparison([bare], tmp_path / "one.html").read_text(encoding="utf-8"))
