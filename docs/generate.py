@@ -27,8 +27,9 @@ INTRODUCTION = """\
 
 A recipe is one YAML file that says what `bitsmith run` does. Every key has a default; a key that is not below is
 refused with the nearest known name. `--set` changes one value: `bitsmith run my.yaml --set train.epochs=40
---set 'quantize.overrides."fc.weight".bits=8'`. The resolved recipe is saved in the run directory as `recipe.yaml`,
-and running that file again gives the same result.
+--set 'quantize.overrides."fc.weight".bits=8'`; `--set quantize.overrides={{}}` removes all overrides, which another model
+may need. The resolved recipe is saved in the run directory as `recipe.yaml`, and running that file again gives the
+same result.
 
 This page is generated from the schema (`make docs`).
 

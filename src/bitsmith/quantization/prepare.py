@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from bitsmith.errors import SchemeError, SiteError, nearest
+from bitsmith.errors import SchemeError, SiteError, listing, nearest
 from bitsmith.numerics.blocks import group_count
 from bitsmith.quantization.layers import SWAPS
 from bitsmith.quantization.quantizer import Quantizer, observe_weight, sites
@@ -182,7 +182,8 @@ def _schemes(
             raise SiteError(
                 "this pattern matches no site",
                 where=f"overrides.{pattern}",
-                remedy=f"The nearest sites are {', '.join(close or list(schemes)[:3])}",
+                remedy=f"Name a site of this model, such as {listing(close or list(schemes)[:3])}, or remove "
+                "the pattern (all of them: --set quantize.overrides={})",
             )
         for name in matched:
             default = Scheme(bits=FLOAT) if schemes[name] is None else schemes[name]
