@@ -39,6 +39,10 @@ RECIPES = {
         ['quantize.overrides={"conv9.weight": {bits: 4}}'],
         ["quantize.overrides.conv9.weight", "matches no site", "conv4.weight"],
     ),
+    "overrides that were written for another model": (
+        ["model=digits_vit"],
+        ["quantize.overrides.conv2.*", "matches no site", "such as", "--set quantize.overrides={}"],
+    ),
     "group size that does not divide": (
         ["quantize.overrides={fc.weight: {granularity: group, group_size: 5}}"],
         ["fc.weight", "groups of 5", "group_size 2, 4, 8 or 16"],
@@ -274,6 +278,19 @@ def test_a_directory_that_holds_a_run_is_refused(bitsmith: Bitsmith, finished: P
         result.err, f"--out {finished}", "already holds a finished run", "--resume", "another --out"
     )
     assert result.code == 2
+
+
+def test_a_run_that_was_refused_leaves_its_directory_free(
+    bitsmith: Bitsmith, finished: Path, tmp_path: Path
+) -> None:
+    command = ["run", "--json", "--out", tmp_path / "run", *QUICK]
+    assert "matches no site" in bitsmith(*command, "--set", "model=digits_vit").err
+    again = bitsmith(*command, "--set", "model=nowhere:make")
+    assert "cannot be imported" in again.err, "and not: this directory already holds a run"
+    unfinished = shutil.copytree(finished, tmp_path / "unfinished")
+    (unfinished / "metrics.json").unlink()
+    result = bitsmith("run", "--out", unfinished, *QUICK)
+    assert_one_line(result.err, "already holds an unfinished run")
 
 
 def test_a_directory_in_use_is_refused(bitsmith: Bitsmith, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def open_run(out: Path, recipe: Recipe, resume: bool) -> Iterator[Path]:
     if out.exists() and not out.is_dir():
         raise _taken(out, "this is a file, not a directory", "Choose another --out")
     with directory_lock(out):
-        if (out / "recipe.yaml").exists():
+        if _begun(out):
             if not resume:
                 done = "a finished" if (out / "metrics.json").exists() else "an unfinished"
                 raise _taken(
@@ -42,6 +42,12 @@ def open_run(out: Path, recipe: Recipe, resume: bool) -> Iterator[Path]:
             _same_recipe(out / "recipe.yaml", recipe)
         write_atomic(out / "recipe.yaml", dump(recipe).encode())
         yield out
+
+
+def _begun(out: Path) -> bool:
+    """Whether ``out`` holds a run: one that was refused before its first stage leaves its recipe alone."""
+    names = {path.name for path in out.iterdir()}
+    return "recipe.yaml" in names and bool(names - {"recipe.yaml", ".lock"})
 
 
 def _taken(out: Path, what: str, remedy: str) -> RecipeError:
@@ -89,9 +95,7 @@ def new_directory(name: str, runs: Path = RUNS) -> Path:
 def latest_directory(name: str, runs: Path = RUNS) -> Path:
     """The run that was last begun under this name, for --resume without --out. Raises RecipeError."""
     numbered = re.compile(re.escape(name) + r"(-\d+)?")
-    found = [
-        path for path in runs.glob("*") if numbered.fullmatch(path.name) and (path / "recipe.yaml").exists()
-    ]
+    found = [path for path in runs.glob("*") if numbered.fullmatch(path.name) and _begun(path)]
     if not found:
         raise _taken(runs / name, "there is no run to resume", "Leave --resume out, or name the run by --out")
     return max(found, key=lambda path: (path / "recipe.yaml").stat().st_mtime)
