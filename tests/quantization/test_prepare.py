@@ -218,11 +218,12 @@ def test_a_matmul_has_no_channels() -> None:
 # ---- the report, and groups for an optimizer
 
 
-def test_coverage_prints_a_line_per_site_and_leftover() -> None:
+def test_coverage_prints_a_line_per_site_and_one_per_reason_to_stay_in_float() -> None:
     coverage = prepare(three(), W4, A8)
     text = str(coverage)
     assert text.startswith("6 sites; 87.7% of 155 parameters quantized")
-    assert len(text.splitlines()) == 1 + len(coverage.sites) + len(coverage.leftovers)
+    assert len(text.splitlines()) == 1 + len(coverage.sites) + 1
+    assert text.endswith("not multiplied (0.bias, 2.bias, 4.bias)")
     assert coverage.to_dict()["sites"][0]["name"] == "0.weight"
     assert coverage.quantized_share == (48 + 64 + 24) / 155
 

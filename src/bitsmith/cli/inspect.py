@@ -94,14 +94,16 @@ def show_sites(console: Console, sites: list[dict[str, Any]]) -> None:
 
 
 def show_leftovers(console: Console, leftovers: list[dict[str, Any]]) -> None:
-    """One row a tensor that stays in float, and why."""
+    """One row a reason why tensors stay in float."""
+    from bitsmith.report.record import by_reason
+
     if not leftovers:
         return
-    made = table(
-        "In float",
-        ("tensor", "elements", "why"),
-        [(x["name"], x["elements"], x["reason"]) for x in leftovers],
-    )
+    rows = [
+        (", ".join(left["name"] for left in same), sum(left["elements"] for left in same), reason)
+        for reason, same in by_reason(leftovers).items()
+    ]
+    made = table("In float", ("tensors", "elements", "why"), rows)
     made.columns[2].justify, made.columns[2].no_wrap = "left", False
     console.print(made)
 

@@ -69,13 +69,15 @@ class Coverage:
         }
 
     def __str__(self) -> str:
-        names = [*(site.name for site in self.sites), *(leftover.name for leftover in self.leftovers)]
-        width = max(map(len, names), default=4)
+        width = max((len(site.name) for site in self.sites), default=4)
+        why: dict[str, list[str]] = {}
+        for left in self.leftovers:
+            why.setdefault(left.reason, []).append(left.name)
         lines = [
             f"{len(self.sites)} sites; {self.quantized_share:.1%} of {self.parameters:,} parameters quantized"
         ]
         lines += [f"  {s.name:<{width}}  {s.bits} bits  {s.grid}, per {s.granularity}" for s in self.sites]
-        lines += [f"  {x.name:<{width}}  float: {x.reason}" for x in self.leftovers]
+        lines += [f"  float: {reason} ({', '.join(names)})" for reason, names in why.items()]
         return "\n".join(lines)
 
 

@@ -59,7 +59,7 @@ def coverage(run: Run) -> str:
         groups = "".join(
             f"<li>{page.text(reason)}<small>{_sum(entries)} elements</small>"
             f"{page.note(', '.join(str(entry.get('name', '?')) for entry in entries))}</li>"
-            for reason, entries in _by_reason(leftovers).items()
+            for reason, entries in by_reason(leftovers).items()
         )
         inner = f'<ul class="checks leftovers">{groups}</ul>'
         parts.append(page.folded(f"{len(leftovers)} tensors stay in float", inner, opened=True))
@@ -71,7 +71,8 @@ def coverage(run: Run) -> str:
     )
 
 
-def _by_reason(leftovers: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+def by_reason(leftovers: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Leftovers of a coverage by the reason that they share: a network has many BatchNorms."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for entry in leftovers:
         groups.setdefault(str(entry.get("reason", "")), []).append(entry)
