@@ -182,6 +182,18 @@ def test_no_command_is_answered_with_help(bitsmith: Bitsmith) -> None:
     assert "evaluate" in result.out
 
 
+def test_the_prompt_comes_back_without_collecting_what_is_left() -> None:
+    program = """
+import atexit, gc, sys
+atexit.register(lambda: print("frozen", gc.get_freeze_count() > 0))  # the first one in is the last one called
+from bitsmith.cli.main import main
+sys.argv[1:] = ["--version"]
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "frozen True", done.stderr
+
+
 def test_help_answers_without_torch() -> None:
     program = (
         "import sys; from bitsmith.cli.main import main; main(['--help']); sys.exit('torch' in sys.modules)"

@@ -7,6 +7,8 @@ BITSMITH_DEBUG=1 shows the traceback instead of the line.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -75,6 +77,8 @@ def about(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. ``arguments`` defaults to the process's own."""
     debug = os.environ.get("BITSMITH_DEBUG", "") not in ("", "0")
+    if arguments is None:  # this process ends here: freeing torch's and onnx's objects one by one takes seconds
+        atexit.register(gc.freeze)
     try:
         return int(app(arguments, prog_name="bitsmith", standalone_mode=False) or 0)
     except BitsmithError as error:
