@@ -78,7 +78,42 @@ def test_the_usual_bits(bits: list[float | None], expected: str) -> None:
     ("budget", "expected"),
     [
         ({"kind": "bops", "limit": 0.03, "used": 0.0297}, f"3.0{S}% of float bit operations (3.0{S}% used)"),
-        ({"kind": "weight_bytes", "limit": 4000, "used": 3990}, f"4.0{S}kB weight bytes (4.0{S}kB used)"),
+        (
+            {"kind": "bops", "limit": 2.13e6, "used": 2.102e6},
+            f"2.10{S}M of 2.13{S}M bit operations, 98.7{S}% of the budget",
+        ),
+        (
+            {"kind": "weight_bytes", "limit": 4000, "used": 3990},
+            f"3.99{S}kB of 4.00{S}kB of weights, 99.8{S}% of the budget",
+        ),
+        (
+            {"kind": "activation_bytes", "limit": 900, "used": 810},
+            f"810{S}B of 900{S}B of activations at a time, 90.0{S}% of the budget",
+        ),
+        (
+            {"kind": "average_weight_bits", "limit": 3, "used": 2.96},
+            f"2.96 of 3.00 bits per weight on average, 98.7{S}% of the budget",
+        ),
+        (
+            {"kind": "average_activation_bits", "limit": 1, "used": 1},
+            f"1.00 of 1.00 bits per activation on average, 100.0{S}% of the budget",
+        ),
+        (
+            {"kind": "table:energy_45nm", "limit": 12_500, "used": 12_300, "unit": "pJ"},
+            f"12.3 of 12.5{S}nJ by the table energy_45nm, 98.4{S}% of the budget",
+        ),
+        (
+            {"kind": "table:chip", "limit": 0.8, "used": 0.4, "unit": "us"},
+            f"0.40 of 0.80{S}µs by the table chip, 50.0{S}% of the budget",
+        ),
+        (
+            {"kind": "table:cycles", "limit": 12_500, "used": 12_300, "unit": "cycles"},
+            f"12,300 of 12,500{S}cycles by the table cycles, 98.4{S}% of the budget",
+        ),
+        (
+            {"kind": "table:chip", "limit": 25.0, "used": 24.0},
+            f"24.0 of 25.0 by the table chip, 96.0{S}% of the budget",
+        ),
         ({"kind": "average_bits", "limit": 2.8}, "2.80 average bits"),
     ],
 )

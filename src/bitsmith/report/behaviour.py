@@ -11,10 +11,15 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from bitsmith.report import page, png, svg, words
+from bitsmith.report import contest, page, png, svg, words
 from bitsmith.report.metrics import Predictions, Run
 
-PHASES = {"float": ("Float", "float"), "qat": ("Quantization-aware", "quant"), "search": ("Search", "acts")}
+PHASES = {
+    "float": ("Float", "float"),
+    "qat": ("Quantization-aware", "quant"),
+    "search": ("Search", "acts"),
+    "uniform": ("Uniform plan", "uniform"),  # trains beside a search
+}
 ANSWERS = ("float", "quantized")
 
 
@@ -59,6 +64,8 @@ def _curves(run: Run, key: str) -> list[svg.Series]:
     curves = []
     for phase, entries in run.history.items():
         label, kind = PHASES.get(phase, (phase.replace("_", " "), "export"))
+        if phase == "qat" and contest.winner(run):
+            label = "Search, then its plan"
         x_key = _x_key(run)
         points = [
             (float(entry.get(x_key, index)), float(entry[key]))

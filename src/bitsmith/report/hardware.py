@@ -71,10 +71,10 @@ def card(run: Run) -> str:
     rows = profile(run)
     if not rows:
         return ""
-    macs = {(row.weight_bits, row.activation_bits): row.mac_share for row in rows if row.macs}
-    sizes = {(row.weight_bits, row.activation_bits): row.byte_share for row in rows if row.weight_bytes}
+    macs = {(row.weight_bits, row.activation_bits): row.mac_share for row in rows}
+    sizes = {(row.weight_bits, row.activation_bits): row.byte_share for row in rows}
     halves = [_map("Multiply-accumulates", macs, "quant")]
-    if sizes:
+    if any(sizes.values()):
         halves.append(_map("Weight bytes", sizes, "export"))
     body = "".join(f'<div class="half">{half}</div>' for half in halves)
     return page.card(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bitsmith.files import write_atomic
-from bitsmith.report import behaviour, hardware, outcome, page, record, words
+from bitsmith.report import behaviour, contest, hardware, outcome, page, record, search, words
 from bitsmith.report.metrics import Run, read_run
 
 
@@ -29,9 +29,11 @@ def write_report(run_directory: str | Path) -> Path:
 def render(run: Run) -> str:
     """The page as a string."""
     title, sentence = words.headline(run)
+    result = contest.result(run)
+    won = f'<p class="contest"><b>{page.text(result[0])}</b>: {page.text(result[1])}</p>' if result else ""
     header = (
         f'<div class="brand">{page.MARK}<b>Bitsmith</b><span class="run">{page.text(run.name)}</span></div>'
-        f'<h1>{page.text(title)}</h1><p class="lead">{page.text(sentence)}</p>'
+        f'<h1>{page.text(title)}</h1><p class="lead">{page.text(sentence)}</p>{won}'
         f'<p class="asked">{page.text(words.asked(run))}</p>'
     )
     body = outcome.alert(run) + outcome.tiles(run)
@@ -40,6 +42,8 @@ def render(run: Run) -> str:
         for row in (
             (outcome.accuracy(run), outcome.cost(run)),
             (outcome.layers(run),),
+            (search.given_up(run),),
+            (search.traces(run),),
             (hardware.card(run),),
             (behaviour.traces(run),),
             (behaviour.confusion(run), behaviour.misread(run)),

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 
-from bitsmith.report import page, svg, words
+from bitsmith.report import contest, page, svg, words
 from bitsmith.report.metrics import FLOAT_BITS, Run
 
 STAGES = {  # stage -> (name, colour)
     "float": ("Float", "float"),
     "post_training": ("Post-training", "post"),
-    "uniform": ("Uniform bits", "acts"),
+    "searched": ("Searched plan", "uniform"),  # of a search and its competitor the one that lost
+    "uniform": ("Uniform plan", "uniform"),
     "quantized": ("Quantized", "quant"),
     "exported": ("Exported", "export"),
 }
@@ -75,7 +76,8 @@ def accuracy(run: Run) -> str:
     marks = []
     for stage, (label, kind) in STAGES.items():
         value = run.accuracy(stage)
-        if value is not None:
+        delivered = stage == contest.winner(run)  # "quantized" says it
+        if value is not None and not delivered:
             spread = None
             if images:
                 error = math.sqrt(value * (1 - value) / images)
@@ -91,6 +93,13 @@ def _gain(run: Run, digits: int) -> str:
     before, after = run.accuracy("post_training"), run.accuracy("quantized")
     if before is None or after is None:
         return ""
+    if contest.winner(run):
+        gap = words.points(after - before, digits)
+        side = "above" if gap.startswith("+") else "below" if gap.startswith(words.MINUS) else "from"
+        return (
+            f"What is delivered is {gap.strip('+' + words.MINUS)} points {side} post-training, which is the "
+            "float model rounded to the plan that the search started from."
+        )
     text = words.points(after - before, digits)
     if text.startswith("+"):
         return f"Training at these bits gained {text[1:]} points over rounding the float model to them."
@@ -127,10 +136,11 @@ def cost(run: Run) -> str:
             ("Average bits", text + (f", {words.bits(activations)} for activations" if activations else ""))
         )
     entries += [("Budget", words.budget_text(budget)) for budget in run.budgets]
-    if run.cost("latency_us") is not None:
-        entries.append(("Latency", f"{run.cost('latency_us'):.4g}{words.SPACE}µs per input, by table"))
-    if run.cost("energy_uj") is not None:
-        entries.append(("Energy", f"{run.cost('energy_uj'):.4g}{words.SPACE}µJ per input, by table"))
+    for key, name, unit in (("latency_us", "Latency", "µs"), ("energy_uj", "Energy", "µJ")):
+        value = run.cost(key)
+        if value is not None:
+            source = run.metrics["cost"].get(f"{name.lower()}_source")
+            entries.append((name, words.estimate(value, unit, source)))
     entries += [(path, f"{words.size(bytes_)} on disk") for path, bytes_ in run.files.items()]
     return page.card(
         "Size and bit operations",
@@ -145,6 +155,7 @@ def layers(run: Run) -> str:
     if not run.layers:
         return ""
     total = sum(layer.bops or 0 for layer in run.layers)
+    stored = sum(layer.weight_bytes or 0 for layer in run.layers)
     costly = any(layer.bops is not None or layer.weight_bytes is not None for layer in run.layers)
     rows = []
     for layer in run.layers:
@@ -156,6 +167,9 @@ def layers(run: Run) -> str:
         row = f'<th scope="row">{page.name(layer.name)}{kind}</th><td>{first}</td><td>{second}</td>'
         if costly:
             size = words.size(layer.weight_bytes) if layer.weight_bytes else words.DASH
+            if contest.winner(run) and layer.weight_bytes:  # what the bits were traded for
+                part = layer.weight_bytes / stored
+                size += f" <small>{words.small_percent(part)}</small>{svg.share_bar(part, 'quant')}"
             share = (layer.bops or 0) / total if total else 0.0
             row += (
                 f'<td class="number" data-what="bytes">{size}</td>'

@@ -140,25 +140,46 @@ def bars(groups: Sequence[tuple[str, Sequence[Mark]]], maximum: float, label: st
     return _svg(y - 11, "".join(body), label, "room-bars")
 
 
-def lines(series: Sequence[Series], show: Format, x_label: str, label: str, logarithmic: bool = False) -> str:
-    """Curves over a common x axis; markers where there are few points."""
-    xs = [x for one in series for x, _ in one.points]
-    ys = [y for one in series for _, y in one.points]
+def lines(
+    series: Sequence[Series],
+    show: Format,
+    x_label: str,
+    label: str,
+    logarithmic: bool = False,
+    *,
+    height: int = 210,
+    level: tuple[float, str] | None = None,
+    moment: tuple[float, str] | None = None,
+    until: float | None = None,
+) -> str:
+    """Curves over a common x axis; markers where there are few points.
+
+    level: a named y to compare with. moment: a named x. until: where the x axis ends, if beyond the curves.
+    """
+    xs = [x for one in series for x, _ in one.points] + ([] if until is None else [until])
+    ys = [y for one in series for _, y in one.points] + ([] if level is None else [level[0]])
     grid = powers(min(ys), max(ys)) if logarithmic else ticks(min(ys), max(ys), 4)
     scale: Callable[[float], float] = math.log if logarithmic else float
     low, high = scale(grid[0]), scale(grid[-1])
     left, right = min(xs), max(xs)
-    height = 210
     body = []
     for tick in grid:
         y = height * (1 - _at(scale(tick), low, high) / 100)
         body.append(f'<line x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}" class="gridline"/>')
         body.append(_text("0", f"{y:.1f}", show(tick), "tick end", dx=-10, dy=4))
     for tick in ticks(left, right, 5):
-        if left <= tick <= right:
+        if left <= tick <= right and float(tick).is_integer():  # epochs and steps are whole
             x = f"{_at(tick, left, right):.2f}%"
             body.append(_text(x, f"{height}", f"{tick:,.0f}", "tick middle", dy=19))
     body.append(_text("50%", f"{height}", x_label, "tick middle", dy=38))
+    if level is not None:
+        y = height * (1 - _at(scale(level[0]), low, high) / 100)
+        body.append(f'<line x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}" class="reference"/>')
+        body.append(_text("100%", f"{y:.1f}", level[1], "tick end", dx=-4, dy=-5))
+    if moment is not None:
+        x = f"{_at(moment[0], left, right):.2f}%"
+        body.append(f'<line x1="{x}" x2="{x}" y1="0" y2="{height}" class="moment"/>')
+        body.append(_text(x, f"{height}", moment[1], "tick", dx=6, dy=-7))
     paths, markers = [], []
     for one in series:
         spots = [(_at(x, left, right), 100 - _at(scale(y), low, high)) for x, y in one.points]
@@ -269,7 +290,10 @@ def share_bar(share: float, kind: str) -> str:
 
 
 def pairs(shares: Mapping[tuple[float, float], float], show: Format, kind: str, label: str) -> str:
-    """Shares of (weight, activation) widths as tinted cells: weights downwards, activations to the right."""
+    """Shares of (weight, activation) widths as tinted cells: weights downwards, activations to the right.
+
+    Every width that a key names has its row or column, also where its shares are zero.
+    """
     rows, columns = (sorted({pair[axis] for pair in shares}) for axis in (0, 1))
     tall, wide = 44, 100 / len(columns)
     body = []

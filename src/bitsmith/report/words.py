@@ -7,7 +7,7 @@ its unit, and the minus is a minus, so that figures keep together and line up.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from bitsmith.report.certificate import runtime_title
@@ -17,6 +17,8 @@ SPACE = "\u202f"  # narrow no-break space
 MINUS = "\u2212"
 TIMES = "\u00d7"
 DASH = "\u2013"
+SIZES = ("B", "kB", "MB", "GB", "TB")
+COUNTS = ("", "k", "M", "G", "T", "P")
 
 
 def percent(fraction: float | None, decimals: int = 1) -> str:
@@ -46,21 +48,24 @@ def points(difference: float | None, decimals: int = 1) -> str:
 
 def size(count: float | None) -> str:
     """Bytes in decimal units, as file managers and data sheets count: 4123 -> "4.1 kB"."""
-    return DASH if count is None else _scaled(count, ("B", "kB", "MB", "GB", "TB"))
+    return DASH if count is None else _scaled(count, SIZES)
 
 
 def count(value: float | None) -> str:
     """A large count: 12345678 -> "12.3 M"."""
-    return DASH if value is None else _scaled(value, ("", "k", "M", "G", "T", "P"))
+    return DASH if value is None else _scaled(value, COUNTS)
 
 
-def _scaled(value: float, units: tuple[str, ...]) -> str:
+def _two_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}"
+
+
+def _scaled(value: float, units: tuple[str, ...], show: Callable[[float], str] = _two_digits) -> str:
     index = 0
     while value >= 999.5 and index < len(units) - 1:
         value /= 1000
         index += 1
-    whole = index == 0 or value >= 99.95
-    return f"{value:.0f}{SPACE}{units[index]}".rstrip(SPACE) if whole else f"{value:.1f}{SPACE}{units[index]}"
+    return f"{show(value) if index else f'{value:.0f}'}{SPACE}{units[index]}".rstrip(SPACE)
 
 
 def factor(larger: float | None, smaller: float | None) -> str:
@@ -159,7 +164,8 @@ def asked(run: Run) -> str:
     weights, activations = (usual_bits(run.layers, operand) for operand in ("weight_bits", "activation_bits"))
     if weights or activations:
         parts.append(", ".join(text for text in (weights, activations) if text))
-    parts += [f"budget {budget_text(budget)}" for budget in run.budgets]
+    if run.budgets:
+        parts.append(f"budget {listing(budget_limit(budget) for budget in run.budgets)}")
     if run.plan.get("target"):
         target = run.plan["target"]
         name = str(target.get("name", "a custom target") if isinstance(target, dict) else target)
@@ -189,19 +195,75 @@ def usual_bits(layers: tuple[Layer, ...], operand: str) -> str:
     return f"{bits(usual)}-bit {name}{others}"
 
 
+BUDGETED = {  # kind of budget -> what its figures count
+    "bops": "bit operations",
+    "weight_bytes": "of weights",
+    "activation_bytes": "of activations at a time",
+    "average_weight_bits": "bits per weight on average",
+    "average_activation_bits": "bits per activation on average",
+}
+LADDERS = (("fJ", "pJ", "nJ", "µJ", "mJ", "J"), ("ps", "ns", "µs", "ms", "s"))  # steps of 1,000
+
+
 def budget_text(budget: Mapping[str, Any]) -> str:
-    """ "3.0 % of float BOPs (2.97 % used)": shares where limit <= 1, else absolute figures."""
-    kind, limit, used = str(budget.get("kind", "cost")), budget.get("limit"), budget.get("used")
-    title = {"bops": "bit operations", "weight_bytes": "weight bytes"}.get(kind, kind.replace("_", " "))
+    """ "2.10 M of 2.13 M bit operations, 98.7 % of the budget"; in older files limits are shares of float."""
+    limit, used = budget.get("limit"), budget.get("used")
+    if used is None or not limit:
+        return budget_limit(budget)
+    if _is_share(budget):
+        return f"{budget_limit(budget)} ({small_percent(used)} used)"
+    return f"{_amount(budget, used)} of {budget_limit(budget)}, {percent(used / limit)} of the budget"
 
-    def figure(value: Any) -> str:
-        number = float(value)
-        if "average" in kind:
-            return f"{number:.2f}"
-        if isinstance(limit, (int, float)) and limit <= 1:
-            return small_percent(number)
-        return size(number) if "bytes" in kind else count(number)
 
-    share = isinstance(limit, (int, float)) and limit <= 1 and "average" not in kind
-    text = f"{figure(limit)} of float {title}" if share else f"{figure(limit)} {title}"
-    return text + (f" ({figure(used)} used)" if used is not None else "")
+def budget_limit(budget: Mapping[str, Any]) -> str:
+    """ "2.13 M bit operations"."""
+    kind, limit = str(budget.get("kind", "cost")), float(budget.get("limit") or 0.0)
+    if _is_share(budget):
+        title = {"bops": "bit operations", "weight_bytes": "weight bytes"}.get(kind, kind.replace("_", " "))
+        return f"{small_percent(limit)} of float {title}"
+    if kind.startswith("table:"):
+        unit = _scale(budget)[0]
+        return (
+            f"{_amount(budget, limit)}{SPACE * bool(unit)}{unit} by the table {kind.removeprefix('table:')}"
+        )
+    return f"{_amount(budget, limit)} {BUDGETED.get(kind, kind.replace('_', ' '))}"
+
+
+def _is_share(budget: Mapping[str, Any]) -> bool:
+    kind, limit = str(budget.get("kind", "cost")), budget.get("limit")
+    absolute = "average" in kind or kind.startswith("table:")
+    return not absolute and isinstance(limit, (int, float)) and limit <= 1
+
+
+def _amount(budget: Mapping[str, Any], value: float) -> str:
+    """A cost to three digits, so that a limit and what is used of it can be told apart."""
+    kind = str(budget.get("kind", "cost"))
+    if "average" in kind:
+        return f"{value:.2f}"
+    if kind.startswith("table:"):
+        value /= _scale(budget)[1]
+        return f"{value:,.0f}" if value >= 999.5 else _three_digits(value)
+    return _scaled(value, SIZES if "bytes" in kind else COUNTS, _three_digits)
+
+
+def _scale(budget: Mapping[str, Any]) -> tuple[str, float]:
+    """The unit in which a table's limit has one to three digits before the point, and its size."""
+    unit, size, limit = str(budget.get("unit") or ""), 1.0, float(budget.get("limit") or 0.0)
+    unit = {"us": "µs", "uJ": "µJ"}.get(unit, unit)
+    ladder = next((one for one in LADDERS if unit in one), (unit,))
+    for larger in ladder[ladder.index(unit) + 1 :]:
+        if limit / size < 999.5:
+            break
+        unit, size = larger, 1000 * size
+    return unit, size
+
+
+def _three_digits(value: float) -> str:
+    """2.1 -> "2.10", 21 -> "21.0", 210 -> "210"."""
+    return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
+
+
+def estimate(value: float, unit: str, source: object) -> str:
+    """A latency or an energy from a table, with where the table comes from: "12.3 µs per inference, …"."""
+    origin = f"estimated from a table: {source}" if source else "estimated from a table"
+    return f"{value:.4g}{SPACE}{unit} per inference, {origin}"

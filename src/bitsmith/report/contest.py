@@ -1,0 +1,104 @@
+"""Who was delivered after a search, its plan or the uniform plan that competed with it, and by how much.
+
+From `Run` to plain words; everything is empty for a run whose widths were asked for. The validation split
+decided, so its figures come first; where the test split disagrees, that is said as plainly.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from bitsmith.report import words
+from bitsmith.report.certificate import is_number
+from bitsmith.report.metrics import Run
+
+
+def winner(run: Run) -> str:
+    """ "searched", "uniform", or "" where there was no search."""
+    return str(run.metrics.get("winner") or "searched") if run.metrics.get("searched") else ""
+
+
+def result(run: Run) -> tuple[str, str] | None:
+    """Verdict and figures: ("The searched plan won", "97.8 % against 96.9 % for the uniform …")."""
+    if not winner(run):
+        return None
+    searched, uniform = run.metrics["searched"], run.metrics.get("uniform")
+    if not uniform:
+        figures = words.listing(_alone(searched, key, run) for key in PLACES if is_number(searched.get(key)))
+        reason = "no uniform plan fits the budget" if run.budgets else "there was no uniform plan"
+        return "The searched plan was delivered unopposed", f"{reason}. {figures}. {_used(run)}".strip()
+    first, second = (searched, uniform) if winner(run) == "searched" else (uniform, searched)
+    name = uniform_name(run)
+    other = f"the {name} of the same budget" if first is searched else "the searched plan"
+    figures = "; ".join(
+        _against(first, second, key, run, other if index == 0 else "")
+        for index, key in enumerate(key for key in PLACES if _both(first, second, key))
+    )
+    if first is uniform:
+        note = "All figures below are the uniform plan's."
+        return f"The {name} won and was delivered", f"{figures}. {_used(run)} {note}".replace("  ", " ")
+    drew = _both(first, second, DECIDES) and first[DECIDES] == second[DECIDES]
+    return ("The searched plan drew and was kept" if drew else "The searched plan won"), (
+        f"{figures}. {_used(run)}".strip()
+    )
+
+
+def uniform_name(run: Run) -> str:
+    """ "uniform 3 × 3-bit plan"."""
+    bits = str((run.metrics.get("uniform") or {}).get("bits") or "")
+    shown = bits.replace(" x ", f"{words.SPACE}{words.TIMES}{words.SPACE}")
+    if re.fullmatch(r"\d+ x \d+", bits):
+        return f"uniform {shown}-bit plan"
+    return f"uniform plan ({shown} bits)" if bits else "uniform plan"
+
+
+DECIDES = "validation_accuracy"
+PLACES = {DECIDES: "on validation, which decided", "accuracy": "on test"}
+
+
+def _both(first: dict[str, Any], second: dict[str, Any], key: str) -> bool:
+    return is_number(first.get(key)) and is_number(second.get(key))
+
+
+def _alone(standing: dict[str, Any], key: str, run: Run) -> str:
+    return (
+        f"{words.percent(standing[key], words.decimals(run))} {PLACES[key].removesuffix(', which decided')}"
+    )
+
+
+def _against(first: dict[str, Any], second: dict[str, Any], key: str, run: Run, other: str) -> str:
+    """ "97.8 % against 96.9 % for the uniform plan on validation, which decided (0.9 points ahead)"."""
+    digits = words.decimals(run)
+    difference = first[key] - second[key]
+    ours, theirs = words.percent(first[key], digits), words.percent(second[key], digits)
+    named = f" for {other}" if other else ""
+    if difference == 0:
+        return f"{ours} against as much{named} {PLACES[key]}"
+    number = words.points(difference, digits).strip("+" + words.MINUS)
+    lead = f"{number} points" if float(number) else f"less than {10**-digits:g} points"
+    side = "ahead" if difference > 0 else "behind"
+    return f"{ours} against {theirs}{named} {PLACES[key]} ({lead} {side})"
+
+
+def _used(run: Run) -> str:
+    """ "99.6 % of the budget used, by the uniform plan 88.9 %."."""
+    shares = []
+    for budget in run.budgets:
+        if budget.get("used") is None or not budget["limit"]:
+            continue
+        kind = str(budget.get("kind", "cost"))
+        what = "the budget" if len(run.budgets) == 1 else f"the budget of {kind_name(kind)}"
+        text = f"{words.percent(budget['used'] / budget['limit'])} of {what}"
+        loser = ((run.metrics.get("uniform") or {}).get("cost") or {}).get(kind)
+        if winner(run) == "searched" and is_number(loser):
+            text += f" (the uniform plan {words.percent(loser / budget['limit'])})"
+        shares.append(text)
+    return f"It uses {words.listing(shares)}." if shares else ""
+
+
+def kind_name(kind: str) -> str:
+    """A kind of budget in words: "bops" -> "bit operations", "table:energy" -> "table energy"."""
+    if kind.startswith("table:"):
+        return f"table {kind.removeprefix('table:')}"
+    return {"bops": "bit operations"}.get(kind, kind.replace("_", " "))

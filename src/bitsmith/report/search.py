@@ -1,0 +1,227 @@
+"""How a search came to its plan, and what it gave up for it. From `Run` to markup.
+
+Two cards, empty for a run whose widths were asked for: the search's traces (cost against budget, multiplier,
+temperature, entropy), and the layers that got fewer bits than under the uniform plan that competed with it.
+Who won is in contest.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from bitsmith.report import contest, page, svg, words
+from bitsmith.report.certificate import is_number
+from bitsmith.report.metrics import FLOAT_BITS, Layer, Run, mean_bits
+
+KINDS = ("quant", "acts", "export", "post", "uniform")  # colours of several budgets
+MOST = 6  # rows of what was given up
+Scalars = list[tuple[float, dict[str, float]]]
+
+
+def traces(run: Run) -> str:
+    """Cost against budget, multipliers, temperature and entropy, up to the decision and a little beyond."""
+    records = _records(run)
+    if not records:
+        return ""
+    decided = _decision(records)
+    last, end = records[-1][0], records[decided][0]
+    until = min(last, end + max(1.0, round(0.3 * end)))
+    kinds = [key.removeprefix("used_") for key in records[0][1] if key.startswith("used_")]
+    searching = records[: decided + 1]
+    colours = dict(zip(kinds, KINDS * len(kinds), strict=False))
+
+    def curves(prefix: str) -> list[svg.Series]:
+        return [
+            svg.Series(contest.kind_name(kind), colours[kind], _points(searching, prefix + kind))
+            for kind in kinds
+        ]
+
+    def panel(name: str, series: Sequence[svg.Series], show: svg.Format, level: Any = None) -> str:
+        known = [one for one in series if one.points]
+        if not known:
+            return ""
+        ends = f"{name}: " + ", ".join(
+            f"{one.label} from {show(one.points[0][1])} to {show(one.points[-1][1])}" for one in known
+        )
+        moment = (end, "decided")
+        plot = svg.lines(known, show, "epoch", ends, height=130, level=level, moment=moment, until=until)
+        return f'<div class="half"><h3>{name}</h3>{plot}</div>'
+
+    cost = curves("used_") + _kept(run, colours, end, until)
+    one = {key: [svg.Series(key, "quant", _points(searching, key))] for key in ("temperature", "entropy")}
+    body = (
+        panel("Expected cost, share of the budget", cost, svg.show_percent, level=(1.0, "budget"))
+        + panel("Price of the budget, λ", curves("multiplier_"), _short)
+        + panel("Temperature of the choice", one["temperature"], _short)
+        + panel("Entropy of the choice", one["entropy"], svg.show_percent)
+    )
+    named = [(f"b-{colours[kind]}", contest.kind_name(kind).capitalize()) for kind in kinds]
+    keys = page.legend(named) if len(kinds) > 1 else ""
+    rest = f"; the other {last - end:g} epochs trained at exactly these" if last > end else ""
+    remark = (
+        f"Widths and weights were trained together up to epoch {end:g} of {last:g}; then the widths were "
+        f"decided{rest}. λ rises while the expected cost is above the budget and falls while it is below. "
+        "Entropy: 100 % is no preference among the candidates, 0 % is none left to decide."
+    )
+    return page.card("Search", f'{keys}<div class="halves">{body}</div>', remark=remark, wide=True)
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _records(run: Run) -> Scalars:
+    """(epoch, scalars of the method that searches, without its name) of every epoch that has them."""
+    found: Scalars = []
+    for index, entry in enumerate(run.history.get("qat") or ()):
+        scalars = entry.get("methods")
+        if not isinstance(scalars, Mapping):
+            continue
+        owners = [key.removesuffix(".entropy") for key in scalars if key.endswith(".entropy")]
+        own = {
+            key.removeprefix(f"{owner}."): float(value)
+            for owner in owners[:1]
+            for key, value in scalars.items()
+            if key.startswith(f"{owner}.") and is_number(value)
+        }
+        if {"entropy", "temperature"} <= own.keys():
+            found.append((float(entry.get("epoch", index + 1)), own))
+    return found
+
+
+def _decision(records: Scalars) -> int:
+    """The first record from which entropy and temperature stand still; the last one if they never do."""
+    groups = groupby(records, lambda record: (record[1]["entropy"], record[1]["temperature"]))
+    lengths = [len(list(group)) for _, group in groups]
+    return len(records) - lengths[-1]
+
+
+def _points(records: Scalars, key: str) -> list[tuple[float, float]]:
+    return [(x, scalars[key]) for x, scalars in records if key in scalars]
+
+
+def _kept(run: Run, colours: Mapping[str, str], start: float, until: float) -> list[svg.Series]:
+    """What the decided plan costs, exactly; known where it is the one that was delivered."""
+    if contest.winner(run) != "searched" or until <= start:
+        return []
+    return [
+        svg.Series(
+            "decided plan", colours[kind], [(x, budget["used"] / budget["limit"]) for x in (start, until)]
+        )
+        for budget in run.budgets
+        if (kind := str(budget.get("kind"))) in colours and is_number(budget.get("used"))
+    ]
+
+
+# ---- what was given up
+
+
+def given_up(run: Run) -> str:
+    """The layers with the fewest bits, and what that saved against the uniform plan."""
+    widths = uniform_widths(run) if contest.winner(run) == "searched" else None
+    if widths is None:
+        return ""
+    layers = [layer for layer in run.layers if layer.macs and _known(layer)]
+    before = sum(_product(widths[layer.name]) * (layer.macs or 0) for layer in layers)
+    stored = sum(widths[layer.name][0] * _weights(layer) for layer in layers) or 1.0
+    gains = {
+        layer.name: ((_product(widths[layer.name]) - _product(_bits(layer))) * (layer.macs or 0)) / before
+        for layer in layers
+    }
+    fewer = [
+        layer for layer in layers if any(a < b for a, b in zip(_bits(layer), widths[layer.name], strict=True))
+    ]
+    if not fewer:
+        return ""
+    rows = []
+    for layer in sorted(fewer, key=lambda layer: (_product(_bits(layer)), -gains[layer.name]))[:MOST]:
+        here, there = _bits(layer), widths[layer.name]
+        kept = (there[0] - here[0]) * _weights(layer) / stored
+        stored_less = _change(kept) if _weights(layer) else words.DASH
+        change = f"{_pair(there)} → {_pair(here)}"
+        rows.append([page.name(layer.name), change, _change(gains[layer.name]), stored_less])
+    more = sorted((layer for layer in layers if gains[layer.name] < 0), key=lambda layer: gains[layer.name])
+    spent = words.listing(f"{layer.name} ({_change(gains[layer.name])})" for layer in more[:3])
+    remark = (
+        "The layers with the fewest bits, weights × activations, from the uniform plan to the searched one. "
+        "Changes are shares of the uniform plan's total."
+    )
+    if spent:
+        remark += f" The most was spent on {spent} of the bit operations."
+    columns = ["Layer", "Bits", "Operations", "Weight bits"]
+    table = page.table(columns, rows, "Layers with the fewest bits", numbers=range(1, len(columns)))
+    return page.card("What was given up", table, remark=remark, wide=True)
+
+
+def _known(layer: Layer) -> bool:
+    return layer.weight_bits is not None and layer.activation_bits is not None
+
+
+def _bits(layer: Layer) -> tuple[float, float]:
+    return (layer.weight_bits or FLOAT_BITS, layer.activation_bits or FLOAT_BITS)
+
+
+def _weights(layer: Layer) -> float:
+    return 0.0 if layer.is_product else layer.weight_elements or 0.0
+
+
+def _product(widths: tuple[float, float]) -> float:
+    return widths[0] * widths[1]
+
+
+def _pair(widths: tuple[float, float]) -> str:
+    return f"{words.bits(widths[0])} {words.TIMES} {words.bits(widths[1])}"
+
+
+def _change(saved: float) -> str:
+    """A saved share as a change: 0.082 -> "−8.2 %"."""
+    text = words.small_percent(abs(saved))
+    return f"{'+' if saved < 0 else words.MINUS if saved > 0 else ''}{text}"
+
+
+def uniform_widths(run: Run) -> dict[str, tuple[float, float]] | None:
+    """Layer -> widths of its operands under the uniform plan: as ``uniform.sites`` gives them, else deduced.
+
+    Deduced, a site keeps its width where it was prepared at another one than most of its kind (the ends of
+    the network, overrides), and has the uniform width elsewhere. None where that is not known, or contradicts
+    the cost that the run reports.
+    """
+    uniform = run.metrics.get("uniform") or {}
+    given = uniform.get("sites")
+    sites = given if isinstance(given, Mapping) else _deduced(run, str(uniform.get("bits") or ""))
+    if not sites or not run.layers:
+        return None
+    found = {}
+    for layer in run.layers:
+        names = ("left", "right") if layer.is_product else ("weight", "input")
+        pair = [mean_bits(sites.get(f"{layer.name}.{operand}")) for operand in names]
+        found[layer.name] = (pair[0] or _bits(layer)[0], pair[1] or _bits(layer)[1])
+    reported = (uniform.get("cost") or {}).get("bops")
+    if is_number(reported):
+        total = sum(_product(found[layer.name]) * (layer.macs or 0) for layer in run.layers)
+        total += (run.cost("float_macs") or 0) * FLOAT_BITS**2
+        if abs(total - reported) > 0.005 * reported:
+            return None
+    return found
+
+
+def _deduced(run: Run, bits: str) -> dict[str, float] | None:
+    width = re.fullmatch(r"(\d+) x \1", bits)
+    listed = run.coverage.get("sites") or []
+    if width is None or not listed or not isinstance(listed, list):
+        return None
+    prepared = {
+        str(site.get("name")): (str(site.get("kind")), mean_bits(site.get("bits"))) for site in listed
+    }
+    usual = {
+        kind: Counter(b for k, b in prepared.values() if k == kind).most_common(1)[0][0]
+        for kind in {kind for kind, _ in prepared.values()}
+    }
+    free = {name for name, (kind, b) in prepared.items() if b == usual[kind]}
+    planned = {name: mean_bits(site.get("bits")) for name, site in (run.plan.get("sites") or {}).items()}
+    free |= {name for name, b in planned.items() if name in prepared and b != prepared[name][1]}
+    return {name: float(width[1]) if name in free else b for name, b in planned.items() if b is not None}
