@@ -72,6 +72,19 @@ def test_a_finished_run_is_not_done_again(bitsmith: Bitsmith, finished: Path) ->
     assert set(changed) <= {".lock", "recipe.yaml"}
 
 
+def test_a_run_that_was_refused_leaves_its_directory_free(
+    bitsmith: Bitsmith, finished: Path, tmp_path: Path
+) -> None:
+    command = ["run", "--json", "--out", tmp_path / "run", *QUICK]
+    assert "matches no site" in bitsmith(*command, "--set", "model=digits_vit").err
+    again = bitsmith(*command, "--set", "model=nowhere:make")
+    assert "cannot be imported" in again.err, "and not: this directory already holds a run"
+    unfinished = shutil.copytree(finished, tmp_path / "unfinished")
+    (unfinished / "metrics.json").unlink()
+    result = bitsmith("run", "--out", unfinished, *QUICK)
+    assert "already holds an unfinished run" in result.err
+
+
 def test_a_dry_run_tells_sites_cost_and_time_and_writes_nothing(
     bitsmith: Bitsmith, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -280,19 +280,6 @@ def test_a_directory_that_holds_a_run_is_refused(bitsmith: Bitsmith, finished: P
     assert result.code == 2
 
 
-def test_a_run_that_was_refused_leaves_its_directory_free(
-    bitsmith: Bitsmith, finished: Path, tmp_path: Path
-) -> None:
-    command = ["run", "--json", "--out", tmp_path / "run", *QUICK]
-    assert "matches no site" in bitsmith(*command, "--set", "model=digits_vit").err
-    again = bitsmith(*command, "--set", "model=nowhere:make")
-    assert "cannot be imported" in again.err, "and not: this directory already holds a run"
-    unfinished = shutil.copytree(finished, tmp_path / "unfinished")
-    (unfinished / "metrics.json").unlink()
-    result = bitsmith("run", "--out", unfinished, *QUICK)
-    assert_one_line(result.err, "already holds an unfinished run")
-
-
 def test_a_directory_in_use_is_refused(bitsmith: Bitsmith, tmp_path: Path) -> None:
     with directory_lock(tmp_path / "run"):
         result = bitsmith("run", "--out", tmp_path / "run", *QUICK)

@@ -77,8 +77,8 @@ def about(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. ``arguments`` defaults to the process's own."""
     debug = os.environ.get("BITSMITH_DEBUG", "") not in ("", "0")
-    if arguments is None:  # this process ends here: freeing torch's and onnx's objects one by one takes seconds
-        atexit.register(gc.freeze)
+    if arguments is None:
+        atexit.register(gc.freeze)  # the process ends here: freeing torch's objects one by one takes seconds
     try:
         return int(app(arguments, prog_name="bitsmith", standalone_mode=False) or 0)
     except BitsmithError as error:
