@@ -239,3 +239,20 @@ def _least_divergence(x: Tensor, low: float, high: float, half: float, asymmetri
     q = (quantized / quantized.sum(1, keepdim=True).clamp(min=1)).clamp(min=1e-9)
     divergence = (torch.special.xlogy(p, p) - torch.special.xlogy(p, q)).sum(1)
     return scales[divergence.argmin()], zero_point
+
+
+def dorefa(w: Tensor) -> Tensor:
+    """tanh(w) stretched to w's own largest magnitude (1606.06160, eq. 9, without its change of scale).
+
+    The paper trains from scratch and leaves weights in -1..1; keeping the range lets a pretrained layer
+    without BatchNorm survive.
+    """
+    t = torch.tanh(w)
+    return t * (w.detach().abs().amax() / t.detach().abs().amax().clamp(min=1e-8))
+
+
+def activation_grid(low: float, high: float) -> str:
+    """unsigned without negative values, asymmetric where one side is less than half of the other."""
+    if low >= 0:
+        return "unsigned"
+    return "asymmetric" if min(-low, max(high, 0.0)) < 0.5 * max(-low, high) else "symmetric"

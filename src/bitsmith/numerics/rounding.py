@@ -56,3 +56,23 @@ def hash_uniform(seed: Tensor, like: Tensor) -> Tensor:
         h = (h ^ ((h >> shift) & ((1 << (32 - shift)) - 1))) * factor
     h = h ^ ((h >> 16) & 0xFFFF)
     return ((h >> 8) & 0xFFFFFF).to(torch.float32).mul(2.0**-24).view(like.shape)
+
+
+def choose(q: Tensor, x: Tensor, share: Tensor) -> Tensor:
+    """q itself in forward; in backward, share receives <g, q - x>: the gradient of choosing this width.
+
+    The baseline x matters: without it the estimate carries <g, x>, which is the same for every width.
+    """
+    return _Chosen.apply(q, x, share)
+
+
+class _Chosen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, x: Tensor, share: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(q, x)
+        return q.view_as(q)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
+        q, x = ctx.saved_tensors
+        return g, None, ((q - x) * g).sum().view(1)

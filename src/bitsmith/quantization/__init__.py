@@ -1,11 +1,14 @@
 """Sites, quantizers, bit-widths, plans, targets and cost: everything between numerics and the methods."""
 
+from bitsmith.quantization.allocate import Allocation, allocate, uniform_plan
 from bitsmith.quantization.batchnorm import reestimate_batchnorm
 from bitsmith.quantization.bits import BitWidth, FixedBits
+from bitsmith.quantization.budget import Budget, BudgetCost
 from bitsmith.quantization.cost import CostModel, measure
+from bitsmith.quantization.cost_table import CostTable
 from bitsmith.quantization.layers import MatMul
 from bitsmith.quantization.observe import calibrate
-from bitsmith.quantization.plan import CommitReport, Plan, PlannedSite, commit, plan_of, set_bits
+from bitsmith.quantization.plan import CommitReport, Plan, PlannedSite, collapse, commit, plan_of, set_bits
 from bitsmith.quantization.prepare import Coverage, parameter_groups, prepare
 from bitsmith.quantization.quantizer import Quantizer, check_calibrated, redraw, sites
 from bitsmith.quantization.scheme import FLOAT, Scheme
@@ -15,9 +18,13 @@ from bitsmith.quantization.trace import trace
 __all__ = [
     "FLOAT",
     "TARGETS",
+    "Allocation",
     "BitWidth",
+    "Budget",
+    "BudgetCost",
     "CommitReport",
     "CostModel",
+    "CostTable",
     "Coverage",
     "FixedBits",
     "MatMul",
@@ -26,8 +33,10 @@ __all__ = [
     "Quantizer",
     "Scheme",
     "Target",
+    "allocate",
     "calibrate",
     "check_calibrated",
+    "collapse",
     "commit",
     "get_target",
     "measure",
@@ -39,4 +48,5 @@ __all__ = [
     "set_bits",
     "sites",
     "trace",
+    "uniform_plan",
 ]

@@ -11,6 +11,7 @@ A bit-width is a small module that answers two questions for its quantizer, and 
     sampled             R = 1, share = p_k / p_k.detach(): 1 in forward, and the logits' gradient in backward
     fractional          R = 2 neighbours, share = (1 - fraction, fraction)
     mixed               R = K, share = softmax(logits / temperature)
+    real-valued         the same, ``blended``: one grid at the mean width
 
 R is fixed by the class, so that a compiled forward has one graph; *which* rows is data, in a buffer, drawn
 or moved outside forward. `commit(bits)` decides: afterwards the width is fixed, but every tensor keeps its
@@ -32,6 +33,7 @@ class BitWidth(nn.Module):
     candidates: Tensor
     rows: Tensor
     share: Tensor | None
+    blended = False  # one grid between the rows instead of a mean of their values
 
     def expected(self) -> Tensor:
         """Expected bits, a scalar."""

@@ -176,6 +176,13 @@ def commit(model: nn.Module, plan: Plan | Mapping[str, int]) -> CommitReport:
     )
 
 
+def collapse(model: nn.Module) -> None:
+    """Drop the rows that are not in play, at every site: after the decision and the last training step, as
+    an optimizer's state does not follow. The model is then the one that its plan prepares."""
+    for quantizer in sites(model).values():
+        quantizer.collapse()
+
+
 def set_bits(model: nn.Module, widths: Mapping[str, BitWidth]) -> None:
     """Give sites other bit-widths, each with a row per candidate: what a method that decides bits does in
     `attach`. Weights are calibrated, activations wait for `calibrate`.

@@ -113,7 +113,7 @@ def prepare(
             expected="at least one nn.Linear, nn.Conv1d, nn.Conv2d or bitsmith MatMul",
             remedy="Put products that live in forward() into such modules",
         )
-    schemes = _schemes(operands, weights, activations, overrides or {}, first_last_bits)
+    schemes, pinned = _schemes(operands, weights, activations, overrides or {}, first_last_bits)
     made: dict[str, Quantizer | None] = {}
     for operand in operands:  # all of them, before anything is changed: an error leaves the model as it was
         scheme = schemes[operand.site]
@@ -122,6 +122,7 @@ def prepare(
             continue
         target.check(operand.site, operand.kind, scheme, type(operand.layer).__name__)
         quantizer = made[operand.site] = _quantizer(operand, scheme, target)
+        quantizer.pinned = operand.site in pinned
         if operand.kind == "weight":
             quantizer.calibrate(*observe_weight(quantizer, operand.layer.weight))
     for operand in operands:
@@ -166,15 +167,18 @@ def _schemes(
     activations: Scheme | None,
     overrides: Mapping[str, Mapping[str, Any]],
     first_last_bits: int | None,
-) -> dict[str, Scheme | None]:
-    """The scheme of every site: defaults, then first and last layer, then overrides in their order."""
+) -> tuple[dict[str, Scheme | None], set[str]]:
+    """The scheme of every site: defaults, then first and last layer, then overrides in their order; and the
+    sites whose width was asked for one by one, by either of the two: a search leaves those alone."""
     with_weights = [operand.layer for operand in operands if operand.kind == "weight"]
     ends = [with_weights[0], with_weights[-1]] if with_weights and first_last_bits else []
     schemes: dict[str, Scheme | None] = {}
+    pinned: set[str] = set()
     for operand in operands:
         scheme = weights if operand.kind == "weight" else activations
         if first_last_bits and scheme is not None and not scheme.is_float and operand.layer in ends:
             schemes[operand.site] = scheme.replace(operand.site, bits=first_last_bits)
+            pinned.add(operand.site)
         else:
             schemes.setdefault(operand.site, scheme)
     for pattern, changes in overrides.items():
@@ -191,7 +195,9 @@ def _schemes(
             default = Scheme(bits=FLOAT) if schemes[name] is None else schemes[name]
             assert default is not None
             schemes[name] = default.replace(name, **changes)
-    return schemes
+            if "bits" in changes:
+                pinned.add(name)
+    return schemes, pinned
 
 
 def _quantizer(operand: Operand, scheme: Scheme, target: Target) -> Quantizer:

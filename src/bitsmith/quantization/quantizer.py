@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from bitsmith.errors import SchemeError, SiteError
 from bitsmith.numerics import affine, blocks
+from bitsmith.numerics.calibrate import activation_grid, dorefa
 from bitsmith.numerics.calibrate import calibrate as calibrate_values
 from bitsmith.numerics.grid import bounds
+from bitsmith.numerics.rounding import choose
 from bitsmith.quantization.bits import BitWidth, FixedBits
 from bitsmith.quantization.scheme import Scheme
 
@@ -72,6 +74,7 @@ class Quantizer(nn.Module):
         super().__init__()
         self.name, self.kind, self.scheme, self.view, self.axis = name, kind, scheme, view, axis
         self.seq_allowed = seq_allowed and kind == "weight"
+        self.pinned = False  # its width was asked for by name: a method that decides bits leaves it alone
         # Element noise is a hash of this seed and the index; `redraw` moves it between steps.
         self.register_buffer(
             "seed", torch.zeros(1, dtype=torch.int64) if scheme.estimator == "stochastic" else None
@@ -109,11 +112,14 @@ class Quantizer(nn.Module):
         if scheme.range == "dorefa" and self.kind == "weight":
             x = dorefa(x)
         v = x if scheme.group_size is None else blocks.to_groups(x, scheme.group_size, self.kind == "weight")
-        rows, share = self.bits.rows, self.bits.share
+        bits = self.bits
+        rows, share = bits.rows, bits.share
         if share is None:
-            y = self._at(v, rows)
+            y = self._at(v, rows if rows.numel() == 1 else rows[:1])
+        elif bits.blended:
+            y = self._between(v, rows, share)
         elif rows.numel() == 1:
-            y = _Chosen.apply(self._at(v, rows), v, share)
+            y = choose(self._at(v, rows), v, share)
         else:
             y = sum(share[i] * self._at(v, rows[i : i + 1]) for i in range(rows.numel()))  # type: ignore[assignment]
         if scheme.group_size is not None:
@@ -152,6 +158,19 @@ class Quantizer(nn.Module):
             seed=self.seed if self.training else None,
         )
 
+    def _between(self, v: Tensor, rows: Tensor, share: Tensor) -> Tensor:
+        """v on one grid between the rows: level bounds and log scale are the shares' mean. In plain autograd,
+        as bounds and scale both carry the shares' gradient."""
+        mean = share.view(-1, 1)
+        low, high = ((mean * b.index_select(0, rows)).sum(0).view(self.view) for b in (self.low, self.high))
+        exponent = (self.base_scale.log2() + self.range).index_select(0, rows)
+        scale = torch.exp2((mean * exponent).sum(0)).view(self.view)
+        half: Tensor | float = 0.0
+        if self.half_step is not None:
+            half = (mean * self.half_step.index_select(0, rows)).sum()
+        u = v / scale - half
+        return scale * (torch.clamp(u + (u.round() - u).detach(), low, high) + half)
+
     def _dynamic(
         self, v: Tensor, low: Tensor, high: Tensor, half: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,6 +185,17 @@ class Quantizer(nn.Module):
         low, high = low[:, :1].view(-1), high[:, :1].view(-1)
         steps = high if half is None else high + half
         return (top / steps).clamp(min=1e-8), low, high
+
+    @torch.no_grad()
+    def at_row(self, x: Tensor, row: int) -> Tensor:
+        """x as it is with another row in play."""
+        bits = self.bits
+        candidates = bits.candidates.int().tolist()
+        self.bits = FixedBits(candidates[row], candidates).to(x.device)
+        try:
+            return self.forward(x)
+        finally:
+            self.bits = bits
 
     # ---- what is stored
 
@@ -322,39 +352,20 @@ class Quantizer(nn.Module):
             self.base_scale[row] *= old / new
         return False
 
-
-class _Chosen(torch.autograd.Function):
-    """q itself in forward; in backward, share receives <g, q - x>: the gradient of choosing this width.
-
-    The baseline x matters: without it the estimate carries <g, x>, which is the same for every width.
-    """
-
-    @staticmethod
-    def forward(ctx, q: Tensor, x: Tensor, share: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(q, x)
-        return q.view_as(q)
-
-    @staticmethod
-    def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
-        q, x = ctx.saved_tensors
-        return g, None, ((q - x) * g).sum().view(1)
-
-
-def dorefa(w: Tensor) -> Tensor:
-    """tanh(w) stretched to w's own largest magnitude (1606.06160, eq. 9, without its change of scale).
-
-    The paper trains from scratch and leaves weights in -1..1; keeping the range lets a pretrained layer
-    without BatchNorm survive.
-    """
-    t = torch.tanh(w)
-    return t * (w.detach().abs().amax() / t.detach().abs().amax().clamp(min=1e-8))
-
-
-def activation_grid(low: float, high: float) -> str:
-    """unsigned without negative values, asymmetric where one side is less than half of the other."""
-    if low >= 0:
-        return "unsigned"
-    return "asymmetric" if min(-low, max(high, 0.0)) < 0.5 * max(-low, high) else "symmetric"
+    @torch.no_grad()
+    def collapse(self) -> None:
+        """Drop all rows but the one in play: what is left is what a fixed width would have made."""
+        row = slice(int(self.bits.rows[0]), int(self.bits.rows[0]) + 1)
+        fixed = FixedBits(int(self.bits.candidates[row]))
+        self.bits = fixed.to(self.range.device)
+        for name in ("range", "zero_shift"):
+            if (parameter := getattr(self, name)) is not None:
+                setattr(self, name, nn.Parameter(parameter[row].clone(), parameter.requires_grad))
+        for name in ("base_scale", "zero_point", "low", "high", "half_step"):
+            if (buffer := getattr(self, name)) is not None:
+                setattr(self, name, buffer[row].clone())
+        if self.half_step is not None and not bool(self.half_step.any()):
+            self.half_step = None
 
 
 def observe_weight(quantizer: Quantizer, weight: Tensor) -> tuple[Tensor, float, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from bitsmith.export import save, to_onnx, verify
 from bitsmith.files import write_atomic, write_json
 from bitsmith.quantization import measure, plan_of
 from bitsmith.quantization.finalize import finalize
+from bitsmith.recipe.competition import Outcome
 from bitsmith.recipe.environment import environment
 from bitsmith.recipe.progress import Event, Progress
 from bitsmith.recipe.schema import Recipe
@@ -40,6 +42,7 @@ def deliver(
     float_model: nn.Module,
     trained: nn.Module,
     post_training: Mapping[str, float],
+    outcome: Outcome | None,
     seconds: Mapping[str, float],
     tell: Progress,
 ) -> dict[str, Any]:
@@ -51,7 +54,10 @@ def deliver(
     example = data.example()
     tell(Event("export", 0))
     cost = measure(trained, example).report()
-    plan_of(trained, cost).save(out / "plan.json")
+    plan = plan_of(trained, cost)
+    if outcome is not None:
+        plan = replace(plan, budget={entry["kind"]: entry for entry in outcome.budget})
+    plan.save(out / "plan.json")
 
     started = time.perf_counter()
     packed = finalize(trained, example)
@@ -87,11 +93,13 @@ def deliver(
         "float": score(logits["float"], data.test_y),
         "post_training": dict(post_training),
         "quantized": score(logits["quantized"], data.test_y),
-        "uniform": None,  # the competitor of a search
+        "searched": outcome and outcome.searched,
+        "uniform": outcome and outcome.uniform,  # the competitor of a search
+        "winner": outcome and outcome.winner,
         "exported": exported,
         "shift": shift,
         "cost": {**cost, "latency_us": None, "energy_uj": None},
-        "budget": [],  # every width was asked for
+        "budget": outcome.budget if outcome else [],  # none where every width was asked for
         "time": {**seconds, "export": export_seconds, "shift": shift_seconds},
     }
     metrics["time"]["total"] = sum(metrics["time"].values())

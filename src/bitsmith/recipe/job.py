@@ -1,8 +1,8 @@
 """`run`: the whole job of a recipe, from a float model to a verified and explained low-bit one.
 
-The order is here, the work is on the floors below. Each of the two trainings is a stage: once finished it is
-in `checkpoints/` and a resumed run does not do it again; what follows is quick and simply repeated. Nothing
-here prints: whoever watches hands in a callback (`progress`).
+The order is here, the work is on the floors below. Each of the trainings is a stage: once finished it is
+in `checkpoints/` and a resumed run does not do it again; what follows is quick and simply repeated. A search
+makes a third one, its uniform competitor. Nothing here prints: whoever watches hands in a callback.
 """
 
 from __future__ import annotations
@@ -11,17 +11,27 @@ import copy
 import glob
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bitsmith.errors import SiteError
+from bitsmith.errors import BudgetError, SiteError
 from bitsmith.files import read_json, write_json
 from bitsmith.methods import Method
-from bitsmith.quantization import Coverage, Plan, calibrate, commit, prepare, reestimate_batchnorm
+from bitsmith.quantization import (
+    Coverage,
+    Plan,
+    calibrate,
+    collapse,
+    commit,
+    plan_of,
+    prepare,
+    reestimate_batchnorm,
+)
+from bitsmith.recipe import competition
 from bitsmith.recipe.deliver import deliver
 from bitsmith.recipe.directory import load_stage, open_run, save_stage, stage_path
 from bitsmith.recipe.methods import build_methods
@@ -36,13 +46,21 @@ from bitsmith.train import TrainConfig, train
 
 BATCH = 256  # rows of a calibration batch
 CHECK_SAMPLES = 64
+History = dict[str, list[dict[str, Any]]]
 REESTIMATION_SAMPLES = 4096  # a few hundred are enough for BatchNorm; more than this only costs time
 
 
 def run(
-    recipe: Recipe, out: str | Path, *, resume: bool = False, progress: Progress | None = None
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    start_values: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Do the job in the directory ``out`` and return its metrics (metrics.json).
+
+    start_values: what a search starts from instead of sensitivities, see `BudgetSearch.start_at`.
 
     Raises RecipeError where ``out`` holds a run already (unless ``resume``), Interrupted on a signal,
     ExportMismatch where an exported file does not compute what was trained, and whatever the floors raise.
@@ -64,14 +82,21 @@ def run(
             torch.random.fork_rng(devices=[]),
             enough_threads(model, data.example(), recipe.train.batch_size),
         ):
-            return _run(recipe, directory, data, model, tell)
+            return _run(recipe, directory, data, model, tell, start_values)
 
 
-def _run(recipe: Recipe, out: Path, data: Data, model: nn.Module, tell: Progress) -> dict[str, Any]:
+def _run(
+    recipe: Recipe,
+    out: Path,
+    data: Data,
+    model: nn.Module,
+    tell: Progress,
+    start_values: Mapping[str, Tensor] | None,
+) -> dict[str, Any]:
     # A wrong glob or an idle layer is found out now, and not when the float model is trained.
     quantize(recipe, copy.deepcopy(model), data.limited(CHECK_SAMPLES))
 
-    history: dict[str, list[dict[str, Any]]] = {}
+    history: History = {}
     seconds: dict[str, float] = {}
     history["float"], seconds["float"] = train_float(recipe, model, data, out, tell)
     float_model = copy.deepcopy(model).eval()
@@ -80,13 +105,61 @@ def _run(recipe: Recipe, out: Path, data: Data, model: nn.Module, tell: Progress
     started = time.perf_counter()
     coverage, methods = quantize(recipe, model, data)
     write_json(out / "coverage.json", coverage.to_dict())
-    post_training = evaluate(model, data.test_x, data.test_y)
+    search = competition.searcher(methods)
+    if search is not None and start_values is not None:
+        search.start_at(start_values)
+    elif search is not None:
+        competition.start(search, model, data)
+    rounded = model if search is None else competition.nearest_rounding(search, model)
+    post_training = evaluate(rounded, data.test_x, data.test_y)
     seconds["post_training"] = time.perf_counter() - started
     tell(Event("post_training", values={"test accuracy": post_training["accuracy"]}))
 
-    history["qat"], seconds["qat"] = train_quantized(recipe, model, methods, float_model, data, out, tell)
+    history["qat"], seconds["qat"] = train_quantized(
+        "qat", recipe, model, methods, float_model, data, out, tell
+    )
+    outcome = None
+    if search is not None:
+        model, outcome = compete(recipe, search, float_model, model, data, out, history, seconds, tell)
     write_json(out / "history.json", {"version": 1, **history})
-    return deliver(recipe, out, data, float_model, model, post_training, seconds, tell)
+    return deliver(recipe, out, data, float_model, model, post_training, outcome, seconds, tell)
+
+
+def compete(
+    recipe: Recipe,
+    search: Any,
+    float_model: nn.Module,
+    searched: nn.Module,
+    data: Data,
+    out: Path,
+    history: History,
+    seconds: dict[str, float],
+    tell: Progress,
+) -> tuple[nn.Module, competition.Outcome]:
+    """Train the uniform competitor as long, and let the validation split decide. Returns the winner."""
+    facts = {"searched": competition.standing(searched, data, _validation(searched, data))}
+    bits = plan_of(searched).bits
+    winner, model = "searched", searched
+    try:
+        other, widths = competition.uniform_recipe(recipe, search)
+    except BudgetError:  # no (b, b) plan fits: there is no competitor
+        facts["uniform"] = {}
+    else:
+        uniform = copy.deepcopy(float_model)
+        _, methods = quantize(other, uniform, data)
+        history["uniform"], seconds["uniform"] = train_quantized(
+            "uniform", other, uniform, methods, float_model, data, out, tell
+        )
+        facts["uniform"] = {
+            "bits": competition.describe_uniform(widths, search),
+            **competition.standing(uniform, data, _validation(uniform, data)),
+            "cost": search.cost.exact(widths),
+        }
+        if facts["uniform"]["validation_accuracy"] > facts["searched"]["validation_accuracy"]:
+            winner, model, bits = "uniform", uniform, widths
+    save_stage(out, "winner", model.state_dict(), {"winner": winner})
+    budget = competition.budget_entries(search, bits)
+    return model, competition.Outcome(winner, facts["searched"], facts["uniform"] or None, budget)
 
 
 def read_inputs(recipe: Recipe) -> tuple[Data, nn.Module]:
@@ -119,15 +192,17 @@ def quantize(recipe: Recipe, model: nn.Module, data: Data) -> tuple[Coverage, li
     Returns what became of each parameter, and the recipe's methods, attached.
     """
     plan = Plan.load(recipe.plan) if recipe.plan is not None else None
-    coverage, methods = prepare_sites(recipe, model, plan)
+    coverage, methods = prepare_sites(recipe, model, plan, data.example())
     calibrate(model, _sample(data, recipe.quantize.calibration_samples, recipe.train.seed))
     if plan is not None:
         commit(model, plan)  # the widths are set already: this checks that plan and model have the same sites
     return coverage, methods
 
 
-def prepare_sites(recipe: Recipe, model: nn.Module, plan: Plan | None) -> tuple[Coverage, list[Method]]:
-    """Make the sites of ``recipe``, with a plan's widths where there is one; no data is needed for that."""
+def prepare_sites(
+    recipe: Recipe, model: nn.Module, plan: Plan | None, example: Tensor
+) -> tuple[Coverage, list[Method]]:
+    """Make the sites of ``recipe``, with a plan's widths where there is one, and attach its methods."""
     spec = recipe.quantize
     try:
         coverage = prepare(
@@ -145,7 +220,7 @@ def prepare_sites(recipe: Recipe, model: nn.Module, plan: Plan | None) -> tuple[
         if error.where.startswith("overrides."):
             raise relocated(error, f"quantize.{error.where}") from None
         raise
-    methods = build_methods(recipe.methods)
+    methods = build_methods(recipe.methods, example)
     for method in methods:
         method.attach(model)
     return coverage, methods
@@ -161,6 +236,7 @@ def _planned(plan: Plan) -> dict[str, dict[str, Any]]:
 
 
 def train_quantized(
+    stage: str,
     recipe: Recipe,
     model: nn.Module,
     methods: list[Method],
@@ -169,18 +245,25 @@ def train_quantized(
     out: Path,
     tell: Progress,
 ) -> tuple[list[dict[str, Any]], float]:
-    """Stage "qat": quantization-aware training and BatchNorm re-estimation, in place."""
-    facts = _finished("qat", model, out)
+    """A stage of quantization-aware training with BatchNorm re-estimation, in place. Where a method decided
+    the widths, the model is left as its plan would have prepared it."""
+    found = load_stage(out, stage)
+    facts = found[1] if found else None
     if facts is None:
-        facts = _train("qat", model, data, recipe.train, out, tell, methods=methods, teacher=teacher)
-        for method in methods:
-            if (plan := method.plan()) is not None:
-                commit(model, plan)
+        facts = _train(stage, model, data, recipe.train, out, tell, methods=methods, teacher=teacher)
+        plans = [plan for method in methods if (plan := method.plan()) is not None]
+        facts["bits"] = plans[0].bits if plans else None
+    if facts["bits"] is not None:
+        commit(model, facts["bits"])
+        collapse(model)
+    if found:
+        model.load_state_dict(found[0])
+    else:
         reestimate_batchnorm(model, _as_trained(data, REESTIMATION_SAMPLES, recipe.train.seed))
         facts["validation_accuracy"] = _validation(model, data)
-        save_stage(out, "qat", model.state_dict(), facts)
-        stage_path(out, "qat_training").unlink(missing_ok=True)
-    tell(Event("qat", values={"validation accuracy": facts["validation_accuracy"]}))
+        save_stage(out, stage, model.state_dict(), facts)
+        stage_path(out, f"{stage}_training").unlink(missing_ok=True)
+    tell(Event(stage, values={"validation accuracy": facts["validation_accuracy"]}))
     return facts["history"], facts["seconds"]
 
 

@@ -12,10 +12,14 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from bitsmith.errors import RecipeError, listing, nearest
 from bitsmith.methods.method import Method
 
-METHODS: dict[str, str] = {}  # recipe key -> "file.Class" in bitsmith.methods
+METHODS: dict[str, str] = {
+    "budget_search": "budget_search.BudgetSearch"
+}  # recipe key -> "file.Class" in bitsmith.methods
 
 
 def method_class(name: str) -> Callable[..., Method]:
@@ -48,7 +52,7 @@ def check_methods(entries: Sequence[dict[str, dict[str, Any]]], source: str) -> 
                 if near
                 else "Remove it for plain quantization-aware training",
             )
-        known = list(inspect.signature(method_class(name)).parameters)
+        known = [key for key in inspect.signature(method_class(name)).parameters if key != "example"]
         for key in options:
             if key not in known:
                 near = nearest(key, known, 1)
@@ -61,6 +65,12 @@ def check_methods(entries: Sequence[dict[str, dict[str, Any]]], source: str) -> 
                 )
 
 
-def build_methods(entries: Sequence[dict[str, dict[str, Any]]]) -> list[Method]:
-    """The methods of a checked recipe, in its order."""
-    return [method_class(name)(**options) for entry in entries for name, options in entry.items()]
+def build_methods(entries: Sequence[dict[str, dict[str, Any]]], example: Tensor) -> list[Method]:
+    """The methods of a checked recipe, in its order; one that counts costs is given the ``example``."""
+    methods = []
+    for entry in entries:
+        for name, options in entry.items():
+            made = method_class(name)
+            given = {"example": example} if "example" in inspect.signature(made).parameters else {}
+            methods.append(made(**given, **options))
+    return methods

@@ -13,6 +13,7 @@ STAGES = {
     "float": "train the float baseline",
     "post_training": "quantize after training",
     "qat": "train the quantized model",
+    "uniform": "train the uniform competitor",
     "export": "export and verify",
     "shift": "measure under shifts",
     "report": "write the report",

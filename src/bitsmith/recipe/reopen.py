@@ -192,9 +192,10 @@ def export_run(
     recipe = _recipe(path)
     examples = _data(path, recipe, data)
     model = _float_model(path, recipe, factory)
-    plan = Plan.load(path / "plan.json") if recipe.plan is not None else None
-    prepare_sites(recipe, model, plan)
-    stage = load_stage(path, "qat")
+    searched = load_stage(path, "winner")
+    plan = Plan.load(path / "plan.json") if recipe.plan is not None or searched is not None else None
+    prepare_sites(recipe.model_copy(update={"methods": []}), model, plan, examples.example())
+    stage = searched or load_stage(path, "qat")
     if stage is None:
         raise FormatError(
             "there is no such checkpoint",

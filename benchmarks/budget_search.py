@@ -1,0 +1,274 @@
+"""Budget search against every other way of choosing widths, at the same cost and the same number of steps.
+
+    python benchmarks/budget_search.py                                 # digits CNN, 5 seeds; resumes
+    python benchmarks/budget_search.py --task digits_vit
+    python benchmarks/budget_search.py --task fashion --seeds 3        # needs --data DIR with fashion_mnist.npz
+    python benchmarks/budget_search.py --table                         # what has been measured so far
+
+A unit is one seed (for digits also one fold): a float model is trained, then every contender starts from it and
+trains equally long, with the same optimizer, learning rate, batches and distillation. Budgets are BOPs: the
+exact costs of uniform (b, b) plans, and halfway between two of them. First and last layers have 8 bits.
+
+    uniform       the dearest (b, b) plan within the budget
+    random        a random plan that uses at least 98 % of what the best plan would use
+    greedy        from the widest plan, lower the site that loses least sensitivity per BOP saved, until it fits
+    sensitivity   the exact best plan by Fisher-weighted output error (what other tools do before training)
+    search        ours: starts from the same scores, learns the widths in the first part of the steps
+    search, cold  ours from uniform logits
+    chosen        the better of search and uniform on the validation split (what `bitsmith run` ships)
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import _results
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bitsmith.methods.budget_search import BudgetSearch, free_sites, site_candidates
+from bitsmith.quantization import (
+    Scheme,
+    calibrate,
+    measure,
+    prepare,
+    reestimate_batchnorm,
+)
+from bitsmith.quantization.allocate import allocate, uniform_plan
+from bitsmith.quantization.bits import FixedBits
+from bitsmith.quantization.budget import Budget, BudgetCost
+from bitsmith.quantization.plan import set_bits
+from bitsmith.quantization.quantizer import sites
+from bitsmith.quantization.sensitivity import sensitivity
+from bitsmith.tasks import data as tasks_data
+from bitsmith.tasks import models
+from bitsmith.tasks.classification import evaluate
+from bitsmith.train.config import TrainConfig
+from bitsmith.train.loop import train
+
+CANDIDATES = (1, 2, 3, 4, 6, 8)
+POINTS = (1.5, 2.0, 2.5, 3.0)
+CONTENDERS = ("uniform", "random", "greedy", "sensitivity", "search", "search, cold")
+TASKS = {  # model, learning rate, epochs
+    "digits_cnn": ("digits_cnn", 4e-3, 20),
+    "digits_vit": ("digits_vit", 2e-3, 20),
+    "fashion": ("resnet20", 2e-3, 4),
+}
+
+
+def float_unit(task: str, seed: int, folder: Path | None) -> tuple[nn.Module, Any]:
+    """A trained float model and its data, with a validation split."""
+    model_name, rate, epochs = TASKS[task]
+    if task.startswith("digits"):
+        data = tasks_data.load("digits", seed=seed, fold=seed % 5)
+        model = models.build(model_name, seed=seed)
+    else:
+        data = tasks_data.load(f"npz:{folder}", seed=seed)
+        model = models.build(model_name, seed=seed)
+    config = TrainConfig(epochs=epochs, learning_rate=rate, weight_decay=1e-2, seed=seed)
+    train(model, data.train_x, data.train_y, config)
+    return model, data
+
+
+class Unit:
+    """A float model ready for contenders."""
+
+    def __init__(self, task: str, seed: int, folder: Path | None) -> None:
+        self.task, self.seed = task, seed
+        self.model, self.data = float_unit(task, seed, folder)
+        self.example = self.data.example()
+        free = self.prepared()
+        names = free_sites(free)
+        candidates = site_candidates(free, names, CANDIDATES)
+        set_bits(free, {name: FixedBits(c[-1], c) for name, c in candidates.items()})
+        self.calibrate(free)
+        rows = torch.randperm(len(self.data.train_x), generator=torch.Generator().manual_seed(seed))[:512]
+        batches = [(self.data.train_x[part], self.data.train_y[part]) for part in rows.split(128)]
+        scores = sensitivity(free, batches, F.cross_entropy)
+        self.values = {name: -scores[name] for name in candidates}
+        self.candidates = {n: q.bits.candidates.int().tolist() for n, q in sites(free).items()}
+        self.cost = measure(free, self.example)
+
+    def prepared(self) -> nn.Module:
+        """The float model with sites of four bits, not calibrated."""
+        model = copy.deepcopy(self.model)
+        prepare(model, Scheme(bits=4, granularity="channel"), Scheme(bits=4))
+        return model
+
+    def calibrate(self, model: nn.Module) -> None:
+        """On 512 training images."""
+        calibrate(model, [self.data.train_x[:512]])
+
+    def budget(self, point: float) -> BudgetCost:
+        """BOPs of uniform (point, point), or halfway between its neighbours."""
+        low, high = int(point), int(point + 0.5)
+        bops = [
+            self.cost.bops({n: (b if len(c) > 1 else c[0]) for n, c in self.candidates.items()})
+            for b in (low, high)
+        ]
+        return BudgetCost(self.cost, Budget(bops=sum(bops) / 2), self.candidates)
+
+    def train(self, model: nn.Module, methods: list[Any]) -> dict[str, float]:
+        """Quantization-aware training; accuracies on the test and validation split."""
+        _, rate, epochs = TASKS[self.task]
+        config = TrainConfig(
+            epochs=epochs, learning_rate=rate, weight_decay=1e-2, seed=self.seed, distillation=0.5
+        )
+        started = time.perf_counter()
+        train(model, self.data.train_x, self.data.train_y, config, methods=methods, teacher=self.model)
+        seconds = time.perf_counter() - started
+        reestimate_batchnorm(model, [self.data.train_x[:4096]])
+        return {
+            "accuracy": evaluate(model, self.data.test_x, self.data.test_y)["accuracy"],
+            "validation": evaluate(model, self.data.val_x, self.data.val_y)["accuracy"],
+            "seconds": seconds,
+        }
+
+    def fixed(self, bits: dict[str, int]) -> dict[str, float]:
+        """Training at a fixed plan."""
+        model = copy.deepcopy(self.model)
+        overrides = {name: {"bits": b} for name, b in bits.items()}
+        prepare(model, Scheme(bits=4, granularity="channel"), Scheme(bits=4), overrides=overrides)
+        self.calibrate(model)
+        return self.train(model, [])
+
+    def searched(self, cost: BudgetCost, cold: bool, **options: Any) -> tuple[dict[str, Any], dict[str, int]]:
+        """Training with the search."""
+        model = self.prepared()
+        budget = Budget(**{k: float(v) for k, v in zip(cost.kinds, cost.limits, strict=True)})
+        search = BudgetSearch(budget, self.example, candidates=CANDIDATES, seed=self.seed, **options)
+        search.attach(model)
+        self.calibrate(model)
+        if not cold:
+            search.start_at(self.values)
+        result: dict[str, Any] = self.train(model, [search])
+        return result, search.plan().bits
+
+
+def random_plan(cost: BudgetCost, seed: int) -> dict[str, int]:
+    """The best plan by random values uses nearly all of the budget and prefers nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    best = allocate(cost, {n: [float(b) for b in cost.candidates[n]] for n in cost.sites})
+    used = best.used["bops"]
+    for _ in range(200):
+        values = {n: torch.rand(len(cost.candidates[n]), generator=generator).tolist() for n in cost.sites}
+        plan = allocate(cost, values)
+        if plan.used["bops"] >= 0.98 * used:
+            break
+    return plan.bits
+
+
+def greedy_plan(cost: BudgetCost, values: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Lower the site that loses least per BOP saved, until the plan fits."""
+    row = {n: len(cost.candidates[n]) - 1 for n in cost.sites}
+    fixed = {n: c[0] for n, c in cost.candidates.items() if n not in row}
+
+    def bits(rows: dict[str, int]) -> dict[str, int]:
+        return fixed | {n: cost.candidates[n][r] for n, r in rows.items()}
+
+    limit = float(cost.limits[0])
+    now = cost.exact(bits(row))["bops"]
+    while now > limit:
+        choices = []
+        for n, r in row.items():
+            if r > 0:
+                saved = now - cost.exact(bits(row | {n: r - 1}))["bops"]
+                choices.append(((float(values[n][r]) - float(values[n][r - 1])) / max(saved, 1e-9), n))
+        row[min(choices)[1]] -= 1
+        now = cost.exact(bits(row))["bops"]
+    return bits(row)
+
+
+def contend(unit: Unit, contender: str, point: float, options: dict[str, Any]) -> dict[str, Any]:
+    """One training of one contender at one budget."""
+    cost = unit.budget(point)
+    if contender.startswith("search"):
+        result, bits = unit.searched(cost, cold="cold" in contender, **options)
+    else:
+        plans = {
+            "uniform": partial(uniform_plan, cost),
+            "random": partial(random_plan, cost, unit.seed),
+            "greedy": partial(greedy_plan, cost, unit.values),
+            "sensitivity": lambda: allocate(cost, {n: v.tolist() for n, v in unit.values.items()}).bits,
+        }
+        bits = plans[contender]()
+        result = unit.fixed(bits)
+    used = cost.exact(bits)["bops"] / float(cost.limits[0])
+    assert used <= 1, f"{contender} is over its budget: {used}"
+    return {**result, "used": used, "bits": bits}
+
+
+def table(results: dict[str, Any], task: str) -> None:
+    """Mean difference to float in points with its standard error, for every contender and budget."""
+    units = results.get(task, {})
+    print(f"\n{task}: points against float, mean ± standard error (units)")
+    print(f"{'budget of uniform':<18}" + "".join(f"{c:>18}" for c in (*CONTENDERS, "chosen")))
+    for point in POINTS:
+        cells = []
+        for contender in (*CONTENDERS, "chosen"):
+            found = []
+            for unit in units.values():
+                if contender == "chosen":
+                    pair = [unit["points"].get(f"{c} {point}") for c in ("search", "uniform")]
+                    if None not in pair:
+                        best = max(pair, key=lambda r: r["validation"])
+                        found.append(100 * (best["accuracy"] - unit["float"]))
+                elif r := unit["points"].get(f"{contender} {point}"):
+                    found.append(100 * (r["accuracy"] - unit["float"]))
+            mean, error = _results.mean_and_error(found) if found else (0.0, 0.0)
+            cells.append(f"{mean:+.2f} ± {error:.2f} ({len(found)})" if found else "-")
+        print(f"{point:<18}" + "".join(f"{c:>18}" for c in cells))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--task", choices=list(TASKS), default="digits_cnn")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--points", default=",".join(map(str, POINTS)))
+    parser.add_argument("--contenders", default=",".join(c for c in CONTENDERS))
+    parser.add_argument("--data", type=Path, default=None, help="an .npz of images, for --task fashion")
+    parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=NUMBER", help="of BudgetSearch")
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--table", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    results = _results.load("budget_search", options.out)
+    units = results.setdefault(options.task, {})
+    settings = {k: float(v) for k, v in (item.split("=") for item in options.set)}
+    contenders = [c.strip() for c in options.contenders.replace("search, cold", "search; cold").split(",")]
+    contenders = [c.replace(";", ",") for c in contenders]
+    if not options.table:
+        for seed in range(options.seeds):
+            entry = units.setdefault(str(seed), {"points": {}})
+            todo = [
+                (c, float(p))
+                for p in options.points.split(",")
+                for c in contenders
+                if f"{c} {float(p)}" not in entry["points"]
+            ]
+            if not todo:
+                continue
+            unit = Unit(options.task, seed, options.data)
+            entry["float"] = evaluate(unit.model, unit.data.test_x, unit.data.test_y)["accuracy"]
+            for contender, point in todo:
+                r = contend(unit, contender, point, settings)
+                entry["points"][f"{contender} {point}"] = r
+                print(
+                    f"seed {seed}  {point}  {contender:<14} {100 * (r['accuracy'] - entry['float']):+.2f} points, "
+                    f"validation {r['validation']:.4f}, used {r['used']:.4f}, {r['seconds']:.1f} s",
+                    flush=True,
+                )
+                _results.save("budget_search", results, options.out)
+    table(results, options.task)
+
+
+if __name__ == "__main__":
+    main()

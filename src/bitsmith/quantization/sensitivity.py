@@ -1,0 +1,125 @@
+"""sensitivity: what each width of each site would cost in loss, from one backward per batch.
+
+    S_l(b) = mean over samples of  sum over outputs of (g_l * (y_l(b) - y_l))^2
+
+y_l(b) is layer l's output with one of its operands at b bits and all else in float, g_l the gradient of a
+sample's loss there: a diagonal Fisher estimate of the loss that the error costs. All sites and widths share
+the one backward.
+
+Differences from Hessian-based scores (HAWQ and its kind): no second derivative and no power iteration, and
+the error is measured at the layer's output, where it is what the next layer sees, not at the weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitsmith.quantization.layers import in_eval_mode
+from bitsmith.quantization.prepare import SWAPS_BY_QUANT
+from bitsmith.quantization.quantizer import Quantizer
+
+
+def sensitivity(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], loss: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Site -> score of each of its rows (K,), in squared loss per sample; of all sites of a calibrated model.
+
+    ``loss(outputs, targets)`` is a mean over the samples of a batch. A site with several rows (a method gave
+    it candidates) has a score for each. A tied weight has the sum over the layers that use it.
+    """
+    layers = {name: m for name, m in model.named_modules() if type(m) in SWAPS_BY_QUANT}
+    scores: dict[str, Tensor] = {}
+    samples = 0
+    with in_eval_mode(model):
+        for x, targets in batches:
+            seen, outputs = _observe(model, layers, x)
+            value = loss(outputs, targets) * len(x)
+            found = [(name, *pair) for name, calls in seen.items() for pair in calls]
+            gradients = torch.autograd.grad(value, [y for _, _, y in found], allow_unused=True)
+            for (name, inputs, y), g in zip(found, gradients, strict=True):
+                if g is not None:
+                    _add_scores(scores, layers[name], inputs, y.detach(), g)
+            samples += len(x)
+    return {name: total / max(samples, 1) for name, total in scores.items()}
+
+
+def _observe(
+    model: nn.Module, layers: dict[str, Any], x: Tensor
+) -> tuple[dict[str, list[tuple[tuple[Tensor, ...], Tensor]]], Tensor]:
+    """One forward in float: (inputs, output) of every call of every layer."""
+    seen: dict[str, list[tuple[tuple[Tensor, ...], Tensor]]] = {name: [] for name in layers}
+    handles = [
+        layer.register_forward_hook(
+            lambda _, inputs, y, name=name: seen[name].append((tuple(i.detach() for i in inputs), y))
+        )
+        for name, layer in layers.items()
+    ]
+    try:
+        with without_quantizers(layers.values()):
+            outputs = model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen, outputs
+
+
+@torch.no_grad()
+def _add_scores(
+    scores: dict[str, Tensor], layer: Any, inputs: tuple[Tensor, ...], y: Tensor, g: Tensor
+) -> None:
+    operands = SWAPS_BY_QUANT[type(layer)]
+    for operand in operands:
+        quantizer: Quantizer | None = getattr(layer, f"{operand}_quantizer")
+        if quantizer is None:
+            continue
+        errors = []
+        for row in range(len(quantizer.bits.candidates)):
+            with without_quantizers([layer]):
+                changed = _output_at(layer, operand, quantizer, row, inputs)
+            errors.append((g * (changed - y)).square().sum())
+        total = torch.stack(errors)
+        scores[quantizer.name] = scores[quantizer.name] + total if quantizer.name in scores else total
+
+
+def _output_at(
+    layer: Any, operand: str, quantizer: Quantizer, row: int, inputs: tuple[Tensor, ...]
+) -> Tensor:
+    """The layer's output with one operand at one row."""
+    if operand == "weight":
+        weight = layer.weight
+        held = weight.data
+        try:
+            weight.data = quantizer.at_row(held, row)
+            return layer(*inputs)
+        finally:
+            weight.data = held
+    place = operands_of(layer).index(operand)
+    changed = quantizer.at_row(inputs[place], row)
+    return layer(*inputs[:place], changed, *inputs[place + 1 :])
+
+
+def operands_of(layer: Any) -> tuple[str, ...]:
+    """The operands that a layer's forward is called with."""
+    return tuple(o for o in SWAPS_BY_QUANT[type(layer)] if o != "weight")
+
+
+@contextlib.contextmanager
+def without_quantizers(layers: Iterable[Any]) -> Iterator[None]:
+    """Inside, these layers compute in float."""
+    taken = [
+        (layer, f"{operand}_quantizer", getattr(layer, f"{operand}_quantizer"))
+        for layer in layers
+        for operand in SWAPS_BY_QUANT[type(layer)]
+    ]
+    try:
+        for layer, name, _ in taken:
+            setattr(layer, name, None)
+        yield
+    finally:
+        for layer, name, quantizer in taken:
+            setattr(layer, name, quantizer)

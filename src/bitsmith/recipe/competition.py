@@ -1,0 +1,87 @@
+"""What a run does around a method that searches: a good start, a uniform competitor, and who is delivered.
+
+The dearest (b, b) plan within the same budget always trains for the same steps, without the search. The
+validation split decides who is delivered; both are measured on the test split, which decides nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import glob
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import nn
+
+from bitsmith.methods import Method
+from bitsmith.quantization import commit
+from bitsmith.quantization.allocate import uniform_plan
+from bitsmith.quantization.sensitivity import sensitivity
+from bitsmith.recipe.schema import Recipe
+from bitsmith.tasks import Data, evaluate
+from bitsmith.tasks.dataset import to_float
+
+SCORED = 512  # training images of the sensitivity that the search starts from
+BATCH = 128
+
+
+@dataclass
+class Outcome:
+    """What the search and its competitor came to. budget: one entry per budget, for the delivered plan."""
+
+    winner: str
+    searched: dict[str, Any]
+    uniform: dict[str, Any] | None
+    budget: list[dict[str, Any]]
+
+
+def searcher(methods: Sequence[Method]) -> Any:
+    """The method that decides bits under a budget, or None."""
+    return next((method for method in methods if hasattr(method, "start_at")), None)
+
+
+def start(search: Any, model: nn.Module, data: Data) -> None:
+    """Start the search from one backward per batch of training images."""
+    x, y = data.train_x[:SCORED], data.train_y[:SCORED]
+    batches = [(to_float(a), b) for a, b in zip(x.split(BATCH), y.split(BATCH), strict=True)]
+    scores = sensitivity(model, batches, F.cross_entropy)
+    search.start_at({name: -scores[name] for name in search.cost.sites})
+
+
+def nearest_rounding(search: Any, model: nn.Module) -> nn.Module:
+    """The model rounded to the plan that the search starts at: its post-training quantization."""
+    rounded = copy.deepcopy(model)
+    commit(rounded, search.plan())
+    return rounded
+
+
+def uniform_recipe(recipe: Recipe, search: Any) -> tuple[Recipe, dict[str, int]]:
+    """The competitor's recipe: the same without the search, and the uniform plan's widths."""
+    bits = uniform_plan(search.cost)
+    overrides: Mapping[str, dict[str, Any]] = {glob.escape(name): {"bits": b} for name, b in bits.items()}
+    quantize = recipe.quantize.model_copy(update={"overrides": {**recipe.quantize.overrides, **overrides}})
+    methods = [entry for entry in recipe.methods if "budget_search" not in entry]
+    return recipe.model_copy(update={"quantize": quantize, "methods": methods}), bits
+
+
+def standing(model: nn.Module, data: Data, validation_accuracy: float) -> dict[str, Any]:
+    """How a contender stands: on the test split, and on the validation split that decides."""
+    test = evaluate(model, data.test_x, data.test_y)
+    return {"accuracy": test["accuracy"], "validation_accuracy": validation_accuracy}
+
+
+def budget_entries(search: Any, bits: Mapping[str, int]) -> list[dict[str, Any]]:
+    """The ``budget`` part of metrics.json: kind, limit and use of every budget, absolute."""
+    used = search.cost.exact(bits)
+    return [
+        {"kind": kind, "limit": limit, "used": used[kind]}
+        for kind, limit in zip(search.cost.kinds, search.cost.limits.tolist(), strict=True)
+    ]
+
+
+def describe_uniform(bits: Mapping[str, int], search: Any) -> str:
+    """The width of a uniform plan in words, such as "3 x 3"."""
+    widths = sorted({bits[name] for name in search.cost.sites})
+    return " or ".join(f"{b} x {b}" for b in widths)
