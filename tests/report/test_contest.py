@@ -101,8 +101,22 @@ def test_estimates_name_their_table(tmp_path: Path) -> None:
     run = build_run(tmp_path / "run")
     change(run, cost={"latency_us": 12.31, "latency_source": "timed on <a> board", "energy_uj": 0.5})
     text = outcome.cost(read_run(run))
-    assert f"12.31{S}µs per inference, estimated from a table: timed on &lt;a&gt; board" in text
-    assert f"0.5{S}µJ per inference, estimated from a table</dd>" in text
+    assert f"12.31{S}µs per inference, estimated</dd>" in text
+    assert f"0.5{S}µJ per inference, estimated</dd>" in text
+    assert (
+        "Latency is estimated from a table: timed on &lt;a&gt; board. Energy is estimated from a table.</p>"
+        in text
+    )
+
+
+def test_a_search_that_ended_at_the_uniform_plan_says_so(tmp_path: Path) -> None:
+    layers = [
+        ("conv1", "Conv2d", 700, 72, 8, 8),
+        ("conv2", "Conv2d", 900, 90, 3, 3),
+        ("head", "Linear", 30, 30, 8, 8),
+    ]
+    assert "Both plans have the same widths" in said(build_searched(tmp_path / "same", layers=layers))
+    assert "Both plans" not in said(build_searched(tmp_path / "other"))
 
 
 @pytest.mark.parametrize(

@@ -98,3 +98,27 @@ def test_a_png_reads_back(channels: int) -> None:
 def test_a_png_stretches_what_is_not_in_0_to_1() -> None:
     assert decode(png(np.array([[[-2.0, 0.0], [1.0, 2.0]]]))).tolist() == [[[0, 128], [191, 255]]]
     assert decode(png(np.full((2, 1, 1), np.nan))).tolist() == [[[0]]]
+
+
+def test_lines_make_room_for_a_level_and_for_what_follows_a_moment() -> None:
+    drawn = svg.lines(
+        [svg.Series("cost", "quant", [(1, 1.4), (2, 1.2)])],
+        svg.show_percent,
+        "epoch",
+        "label",
+        level=(1.0, "budget"),
+        moment=(2, "decided"),
+        until=4,
+    )
+    assert ">100\u202f%</text>" in drawn
+    assert ">budget</text>" in drawn
+    assert 'x="33.33%" y="0" dx="6" dy="12" class="tick">decided' in drawn
+    assert [f">{epoch}</text>" in drawn for epoch in (1, 2, 3, 4)] == [True] * 4
+
+
+def test_pairs_name_every_width_of_both_operands() -> None:
+    drawn = svg.pairs({(2, 4): 0.75, (32, 8): 0.25, (2, 8): 0.0}, svg.show_percent, "quant", "label")
+    assert drawn.count("<rect") == 4
+    assert drawn.count('class="track"') == 2
+    assert "weights 2, activations 4: 75\u202f%" in drawn
+    assert "weights float, activations 8: 25\u202f%" in drawn

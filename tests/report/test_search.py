@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bitsmith.report import search, write_report
+from bitsmith.report import search, uniform, write_report
 from bitsmith.report.metrics import read_run
 from tests.report.runs import vit, write
 from tests.report.searched import DECIDED, build_searched
@@ -92,7 +92,7 @@ def test_what_was_spent_elsewhere_is_named(tmp_path: Path) -> None:
 
 def test_widths_that_the_run_gives_go_before_those_deduced(tmp_path: Path) -> None:
     run = build_searched(tmp_path / "run")
-    deduced = search.uniform_widths(read_run(run))
+    deduced = uniform.widths(read_run(run))
     assert deduced is not None
     assert deduced["conv1"] == (8, 8)
     assert deduced["conv4"] == (3, 3)
@@ -102,9 +102,9 @@ def test_widths_that_the_run_gives_go_before_those_deduced(tmp_path: Path) -> No
         for o, bits in zip(("weight", "input"), pair, strict=True)
     }
     (run / "coverage.json").unlink()
-    assert search.uniform_widths(read_run(run)) is None
+    assert uniform.widths(read_run(run)) is None
     rewrite(run, "metrics.json", lambda value: value["uniform"].update(sites=sites))
-    assert search.uniform_widths(read_run(run)) == deduced
+    assert uniform.widths(read_run(run)) == deduced
 
 
 def test_a_deduction_that_contradicts_the_reported_cost_is_not_shown(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from bitsmith.report import uniform as uniform_plan
 from bitsmith.report import words
 from bitsmith.report.certificate import is_number
 from bitsmith.report.metrics import Run
@@ -38,6 +39,8 @@ def result(run: Run) -> tuple[str, str] | None:
     if first is uniform:
         note = "All figures below are the uniform plan's."
         return f"The {name} won and was delivered", f"{figures}. {_used(run)} {note}".replace("  ", " ")
+    if uniform_plan.is_delivered(run):
+        figures += ". Both plans have the same widths, so the difference is one of training"
     drew = _both(first, second, DECIDES) and first[DECIDES] == second[DECIDES]
     return ("The searched plan drew and was kept" if drew else "The searched plan won"), (
         f"{figures}. {_used(run)}".strip()

@@ -136,15 +136,17 @@ def cost(run: Run) -> str:
             ("Average bits", text + (f", {words.bits(activations)} for activations" if activations else ""))
         )
     entries += [("Budget", words.budget_text(budget)) for budget in run.budgets]
+    sources = []
     for key, name, unit in (("latency_us", "Latency", "µs"), ("energy_uj", "Energy", "µJ")):
         value = run.cost(key)
         if value is not None:
+            entries.append((name, f"{value:.4g}{words.SPACE}{unit} per inference, estimated"))
             source = run.metrics["cost"].get(f"{name.lower()}_source")
-            entries.append((name, words.estimate(value, unit, source)))
+            sources.append(f"{name} is estimated from a table{f': {source}' if source else ''}.")
     entries += [(path, f"{words.size(bytes_)} on disk") for path, bytes_ in run.files.items()]
     return page.card(
         "Size and bit operations",
-        keys + plot + page.facts(entries),
+        keys + plot + page.facts(entries) + page.note(" ".join(sources)),
         remark="Sizes count codes, scales, biases and what stayed in float. "
         "A bit operation is one multiplication times the bits of both operands.",
     )

@@ -7,15 +7,13 @@ Who won is in contest.py.
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from bitsmith.report import contest, page, svg, words
+from bitsmith.report import contest, page, svg, uniform, words
 from bitsmith.report.certificate import is_number
-from bitsmith.report.metrics import FLOAT_BITS, Layer, Run, mean_bits
+from bitsmith.report.metrics import Layer, Run
 
 KINDS = ("quant", "acts", "export", "post", "uniform")  # colours of several budgets
 MOST = 6  # rows of what was given up
@@ -122,24 +120,29 @@ def _kept(run: Run, colours: Mapping[str, str], start: float, until: float) -> l
 
 def given_up(run: Run) -> str:
     """The layers with the fewest bits, and what that saved against the uniform plan."""
-    widths = uniform_widths(run) if contest.winner(run) == "searched" else None
+    widths = uniform.widths(run) if contest.winner(run) == "searched" else None
     if widths is None:
         return ""
     layers = [layer for layer in run.layers if layer.macs and _known(layer)]
     before = sum(_product(widths[layer.name]) * (layer.macs or 0) for layer in layers)
     stored = sum(widths[layer.name][0] * _weights(layer) for layer in layers) or 1.0
     gains = {
-        layer.name: ((_product(widths[layer.name]) - _product(_bits(layer))) * (layer.macs or 0)) / before
+        layer.name: ((_product(widths[layer.name]) - _product(uniform.present(layer))) * (layer.macs or 0))
+        / before
         for layer in layers
     }
     fewer = [
-        layer for layer in layers if any(a < b for a, b in zip(_bits(layer), widths[layer.name], strict=True))
+        layer
+        for layer in layers
+        if any(a < b for a, b in zip(uniform.present(layer), widths[layer.name], strict=True))
     ]
     if not fewer:
         return ""
     rows = []
-    for layer in sorted(fewer, key=lambda layer: (_product(_bits(layer)), -gains[layer.name]))[:MOST]:
-        here, there = _bits(layer), widths[layer.name]
+    for layer in sorted(fewer, key=lambda layer: (_product(uniform.present(layer)), -gains[layer.name]))[
+        :MOST
+    ]:
+        here, there = uniform.present(layer), widths[layer.name]
         kept = (there[0] - here[0]) * _weights(layer) / stored
         stored_less = _change(kept) if _weights(layer) else words.DASH
         change = f"{_pair(there)} → {_pair(here)}"
@@ -161,10 +164,6 @@ def _known(layer: Layer) -> bool:
     return layer.weight_bits is not None and layer.activation_bits is not None
 
 
-def _bits(layer: Layer) -> tuple[float, float]:
-    return (layer.weight_bits or FLOAT_BITS, layer.activation_bits or FLOAT_BITS)
-
-
 def _weights(layer: Layer) -> float:
     return 0.0 if layer.is_product else layer.weight_elements or 0.0
 
@@ -181,47 +180,3 @@ def _change(saved: float) -> str:
     """A saved share as a change: 0.082 -> "−8.2 %"."""
     text = words.small_percent(abs(saved))
     return f"{'+' if saved < 0 else words.MINUS if saved > 0 else ''}{text}"
-
-
-def uniform_widths(run: Run) -> dict[str, tuple[float, float]] | None:
-    """Layer -> widths of its operands under the uniform plan: as ``uniform.sites`` gives them, else deduced.
-
-    Deduced, a site keeps its width where it was prepared at another one than most of its kind (the ends of
-    the network, overrides), and has the uniform width elsewhere. None where that is not known, or contradicts
-    the cost that the run reports.
-    """
-    uniform = run.metrics.get("uniform") or {}
-    given = uniform.get("sites")
-    sites = given if isinstance(given, Mapping) else _deduced(run, str(uniform.get("bits") or ""))
-    if not sites or not run.layers:
-        return None
-    found = {}
-    for layer in run.layers:
-        names = ("left", "right") if layer.is_product else ("weight", "input")
-        pair = [mean_bits(sites.get(f"{layer.name}.{operand}")) for operand in names]
-        found[layer.name] = (pair[0] or _bits(layer)[0], pair[1] or _bits(layer)[1])
-    reported = (uniform.get("cost") or {}).get("bops")
-    if is_number(reported):
-        total = sum(_product(found[layer.name]) * (layer.macs or 0) for layer in run.layers)
-        total += (run.cost("float_macs") or 0) * FLOAT_BITS**2
-        if abs(total - reported) > 0.005 * reported:
-            return None
-    return found
-
-
-def _deduced(run: Run, bits: str) -> dict[str, float] | None:
-    width = re.fullmatch(r"(\d+) x \1", bits)
-    listed = run.coverage.get("sites") or []
-    if width is None or not listed or not isinstance(listed, list):
-        return None
-    prepared = {
-        str(site.get("name")): (str(site.get("kind")), mean_bits(site.get("bits"))) for site in listed
-    }
-    usual = {
-        kind: Counter(b for k, b in prepared.values() if k == kind).most_common(1)[0][0]
-        for kind in {kind for kind, _ in prepared.values()}
-    }
-    free = {name for name, (kind, b) in prepared.items() if b == usual[kind]}
-    planned = {name: mean_bits(site.get("bits")) for name, site in (run.plan.get("sites") or {}).items()}
-    free |= {name for name, b in planned.items() if name in prepared and b != prepared[name][1]}
-    return {name: float(width[1]) if name in free else b for name, b in planned.items() if b is not None}

@@ -179,7 +179,8 @@ def lines(
     if moment is not None:
         x = f"{_at(moment[0], left, right):.2f}%"
         body.append(f'<line x1="{x}" x2="{x}" y1="0" y2="{height}" class="moment"/>')
-        body.append(_text(x, f"{height}", moment[1], "tick", dx=6, dy=-7))
+        late = _at(moment[0], left, right) > 80
+        body.append(_text(x, "0", moment[1], "tick end" if late else "tick", dx=-6 if late else 6, dy=12))
     paths, markers = [], []
     for one in series:
         spots = [(_at(x, left, right), 100 - _at(scale(y), low, high)) for x, y in one.points]
@@ -205,11 +206,12 @@ def scatter(
     x_label: str,
     label: str,
     reference: float | None = None,
+    below: str = "",
 ) -> str:
     """Cost (x, logarithmic) against accuracy (`mark.value`); `front` are the indices joined by a staircase.
 
     `mark.text` is written beside the point, `mark.label` is what hovering says;
-    `reference` is float's accuracy.
+    `reference` is float's accuracy; marks of the kind `below` have their text below.
     """
     xs = [x for x, _ in marks]
     ys = [mark.value for _, mark in marks] + ([] if reference is None else [reference])
@@ -249,14 +251,30 @@ def scatter(
             f'<circle cx="{px:.2f}%" cy="{py:.2f}%" r="6.5" class="f-{mark.kind} s-{mark.kind}{hollow}">'
             f"<title>{escape(mark.label)}</title></circle>"
         )
-    together: dict[tuple[int, int], list[str]] = {}
-    for (px, py), (_, mark) in zip(spots, marks, strict=True):
-        together.setdefault((round(px), round(py)), []).append(mark.text)
-    for (column, line), texts in together.items():
-        # above and to the left of a point the staircase never passes
-        style, shift = ("figure small", 9) if column < 8 else ("figure small end", -9)
-        body.append(_text(f"{column}%", f"{line}%", ", ".join(texts), style, dx=shift, dy=-8))
+    body += _labels(
+        [(*spot, mark.text, mark.kind == below) for spot, (_, mark) in zip(spots, marks, strict=True)]
+    )
     return _svg(height, "".join(body), label, "room-scatter")
+
+
+def _labels(spots: Sequence[tuple[float, float, str, bool]]) -> list[str]:
+    """Texts beside points (x, y in percent, text, below?); crowded ones step aside, or go on a phone."""
+    together: dict[tuple[bool, int, int], list[str]] = {}
+    for x, y, text, under in spots:
+        together.setdefault((under, round(x), round(y)), []).append(text)
+    body: list[str] = []
+    placed: list[tuple[bool, int, int]] = []
+    for (under, column, line), texts in sorted(together.items()):
+        text = ", ".join(texts)
+        gap = min((column - x for side, x, y in placed if side == under and abs(line - y) < 9), default=100)
+        placed.append((under, column, line))
+        style = "figure small crowded" if gap < 3 * len(text) + 2 else "figure small"
+        away = 22 if gap < len(text) + 1 else 8
+        # The staircase never passes above and to the left of a point, nor below and to its right.
+        left = column > 92 if under else column >= 8
+        style, shift = (f"{style} end", -9) if left else (style, 9)
+        body.append(_text(f"{column}%", f"{line}%", text, style, dx=shift, dy=away + 10 if under else -away))
+    return body
 
 
 def width_bar(bits: float | None, kind: str, label: str) -> str:

@@ -261,9 +261,3 @@ def _scale(budget: Mapping[str, Any]) -> tuple[str, float]:
 def _three_digits(value: float) -> str:
     """2.1 -> "2.10", 21 -> "21.0", 210 -> "210"."""
     return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
-
-
-def estimate(value: float, unit: str, source: object) -> str:
-    """A latency or an energy from a table, with where the table comes from: "12.3 µs per inference, …"."""
-    origin = f"estimated from a table: {source}" if source else "estimated from a table"
-    return f"{value:.4g}{SPACE}{unit} per inference, {origin}"
