@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from bitsmith.cli import compare, evaluate, export, inspect, run
+from bitsmith.cli import compare, evaluate, export, inspect, run, sensitivity, sweep
 from bitsmith.errors import BitsmithError
 
 app = typer.Typer(
@@ -43,6 +43,8 @@ def _paragraphs(text: str | None) -> str:
 
 for _name, _command in {
     "run": run,
+    "sweep": sweep,
+    "sensitivity": sensitivity,
     "inspect": inspect,
     "evaluate": evaluate,
     "export": export,

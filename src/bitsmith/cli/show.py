@@ -78,16 +78,17 @@ class Display:
     def __call__(self, event: Event) -> None:
         from bitsmith.recipe.progress import STAGES
 
-        values = "  ".join(f"{name} {figure(name, value)}" for name, value in event.values.items())
+        name = STAGES.get(event.stage, event.stage)
+        values = "  ".join(f"{what} {figure(what, value)}" for what, value in event.values.items())
         if event.note:
             self.console.print(f"[dim]{event.note}[/]")
         if event.stage not in self._tasks:
-            self._tasks[event.stage] = self._bars.add_task(STAGES[event.stage], total=event.total, values="")
+            self._tasks[event.stage] = self._bars.add_task(name, total=event.total, values="")
         self._bars.update(self._tasks[event.stage], completed=event.done, total=event.total, values=values)
         if event.finished and event.stage not in self._finished:
             self._finished.add(event.stage)
             if self._bars.disable:
-                self.console.print(f"{STAGES[event.stage]}: {values or 'done'}")
+                self.console.print(f"{name}: {values or 'done'}")
 
 
 def figure(name: str, value: float) -> str:

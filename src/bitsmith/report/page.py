@@ -109,9 +109,10 @@ def folded(summary: str, body: str, opened: bool = False) -> str:
     )
 
 
-def document(title: str, header: str, body: str, footer: str) -> str:
-    """The whole page. The policy forbids every load from outside, whatever a run's strings hold."""
-    style = files("bitsmith.report").joinpath("style.css").read_text(encoding="utf-8")
+def document(title: str, header: str, body: str, footer: str, style: str = "") -> str:
+    """The whole page, ``style`` after the common one. The policy forbids every load from outside, whatever a
+    run's strings hold."""
+    style = files("bitsmith.report").joinpath("style.css").read_text(encoding="utf-8") + style
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
