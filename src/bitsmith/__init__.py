@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from bitsmith.export import to_onnx as to_onnx
     from bitsmith.export import verify as verify
     from bitsmith.methods import Method as Method
+    from bitsmith.quantization import Budget as Budget
     from bitsmith.quantization import MatMul as MatMul
     from bitsmith.quantization import Plan as Plan
     from bitsmith.quantization import Scheme as Scheme
     from bitsmith.quantization import Target as Target
+    from bitsmith.quantization import allocate as allocate
     from bitsmith.quantization import calibrate as calibrate
     from bitsmith.quantization import commit as commit
     from bitsmith.quantization import measure as measure
@@ -36,11 +38,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BitsmithError",
+    "Budget",
     "MatMul",
     "Method",
     "Plan",
     "Scheme",
     "Target",
+    "allocate",
     "calibrate",
     "commit",
     "finalize",
@@ -62,10 +66,12 @@ HOMES = {
     "export": ("load", "save", "to_onnx", "verify"),
     "methods": ("Method",),
     "quantization": (
+        "Budget",
         "MatMul",
         "Plan",
         "Scheme",
         "Target",
+        "allocate",
         "calibrate",
         "commit",
         "measure",

@@ -12,11 +12,13 @@ from tests.architecture.package import PACKAGE, tree
 
 NAMES = [
     "BitsmithError",
+    "Budget",
     "MatMul",
     "Method",
     "Plan",
     "Scheme",
     "Target",
+    "allocate",
     "calibrate",
     "commit",
     "finalize",

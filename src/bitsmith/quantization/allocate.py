@@ -8,7 +8,7 @@ multiply two decisions; written over *pairs* of widths of a layer's operands the
               sum over k of y[l, j, k] = x[first(l), j],  sum over j of y[l, j, k] = x[second(l), k]
               constant + sum a x + sum c[l, j, k] y[l, j, k] <= limit    for every budget
 
-with x binary and y >= 0 (y then is the product, and the relaxation tighter than McCormick's). The well-known
+with x and y binary (y is the product, and the relaxation tighter than McCormick's). The well-known
 allocations (HAWQ-V3, 2011.10680) fix the activations or couple them to the weights, so that one sum remains.
 The solver is HiGHS; what it returns is checked again with integers, for its rows hold to 1e-6 only.
 """
@@ -46,6 +46,7 @@ def allocate(
     value: Mapping[str, Sequence[float]],
     *,
     shared: Sequence[Sequence[str]] = (),
+    fill: float = 0.0,
     time_limit: float | None = None,
     gap: float = 0.0,
 ) -> Allocation:
@@ -53,7 +54,9 @@ def allocate(
     budgets.
 
     value: free site -> one number for each of its candidates, in their order. shared: groups of sites that
-    must have one width, besides those that the target and the tables name. time_limit: seconds, after which
+    must have one width, besides those that the target and the tables name. fill: share of what the dearest
+    plan within the budgets uses (of the budget that it comes nearest to) that the chosen one uses at least: a
+    value learned from few steps undervalues bits. time_limit: seconds, after which
     the best plan so far is returned with its ``gap``; gap: relative, at which to stop.
 
     Raises BudgetError where no plan fits (with the cheapest plan and what holds it up) or the time was too
@@ -63,14 +66,17 @@ def allocate(
     limits = dict(zip(cost.kinds, cost.limits.tolist(), strict=True))
     program = Program(cost, classes_of(cost, shared))
     objective = program.values(value)
+    floors = _floors(cost, program, limits, fill) if fill else {}
     cuts: list[dict[str, int]] = []
     bound, slack = math.inf, 0.0
     while True:
-        found = program.solve(objective, limits, slack=slack, cuts=cuts, time_limit=time_limit, gap=gap)
+        found = program.solve(
+            objective, limits, slack=slack, floors=floors, cuts=cuts, time_limit=time_limit, gap=gap
+        )
         if found is None:
             raise overspent(cost, program, limits)
-        if bound == math.inf:
-            bound = found.bound  # later rounds forbid plans, and so do not bound this one
+        if not slack:  # cuts forbid plans that are over; a tightened limit may forbid others
+            bound = found.bound
         bits, used = found.bits, cost.exact(found.bits)
         if all(used[kind] <= limit for kind, limit in limits.items()):
             break
@@ -83,10 +89,24 @@ def allocate(
     return Allocation(
         bits={site: bits[site] for site in cost.cost.present},
         value=total,
-        gap=max(bound - total, 0.0) / max(abs(total), spread) if spread else 0.0,
+        gap=max(bound - found.value, 0.0) / max(abs(total), spread) if spread else 0.0,
         used=used,
         limits=limits,
     )
+
+
+def _floors(cost: BudgetCost, program: Program, limits: Mapping[str, float], fill: float) -> dict[str, float]:
+    """The least that a plan must use of the budget that can be used up best: kind -> absolute."""
+    dearest = {}
+    for kind, limit in limits.items():
+        # Less than all, as the solver may be over by its tolerance; a peak has no row that could hold it up.
+        found = program.solve(program.costs[kind], {**limits, kind: limit * (1 - TIGHTEN)})
+        if found is not None and kind != "activation_bytes":
+            dearest[kind] = cost.exact(found.bits)[kind]
+    if not dearest:
+        return {}
+    kind = max(dearest, key=lambda kind: dearest[kind] / limits[kind])
+    return {kind: fill * dearest[kind]}
 
 
 def uniform_plan(cost: BudgetCost) -> dict[str, int]:

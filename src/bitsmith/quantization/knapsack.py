@@ -22,7 +22,7 @@ from bitsmith.quantization.cost import LayerCost
 from bitsmith.quantization.cost_table import Shared
 from bitsmith.quantization.scheme import FLOAT
 
-SCALE = 1e4  # of objective and budget rows: HiGHS's tolerances (1e-6) are absolute
+SCALE = 1e3  # of the objective: HiGHS stops at an absolute gap of 1e-6. Rows scaled so made it cycle
 
 Class = tuple[tuple[str, ...], tuple[int, ...]]  # (sites of one width, the widths that it may be)
 Row = dict[int, float]  # column -> coefficient
@@ -30,9 +30,11 @@ Row = dict[int, float]  # column -> coefficient
 
 @dataclass(frozen=True)
 class Solution:
-    """bits: of all sites; bound: no plan has a greater value."""
+    """bits: of all sites; value: as the solver sees it, whose binaries are such to 1e-6; bound: no plan has a
+    greater one."""
 
     bits: dict[str, int]
+    value: float
     bound: float
 
 
@@ -103,6 +105,7 @@ class Program:
         self.class_of = {site: c for c, (sites, _) in enumerate(self.classes) for site in sites}
         self.start = list(np.cumsum([0, *(len(widths) for _, widths in self.classes)]))
         self.columns = int(self.start[-1])
+        self.products: list[int] = []
         self.upper: dict[int, float] = {}
         self.equalities: list[tuple[Row, float]] = [
             ({self.start[c] + k: 1.0 for k in range(len(widths))}, 1.0)
@@ -140,20 +143,25 @@ class Program:
         limits: Mapping[str, float],
         *,
         slack: float = 0.0,
+        floors: Mapping[str, float] | None = None,
         cuts: Sequence[Mapping[str, int]] = (),
         time_limit: float | None = None,
         gap: float = 0.0,
     ) -> Solution | None:
-        """The plan that maximizes ``objective`` within ``limits`` (tightened by the relative ``slack``), none
-        of ``cuts``; None where there is none. Raises BudgetError where the time was too short to find one."""
+        """The plan that maximizes ``objective`` within ``limits`` (tightened by the relative ``slack``), not
+        below ``floors``, none of ``cuts``; None where there is none. Raises BudgetError where the time was too short to find one."""
         from scipy.optimize import Bounds, LinearConstraint, milp  # a second: only who allocates pays it
         from scipy.sparse import csr_array
 
         rows = [*((row, b, b) for row, b in self.equalities)]
         rows += [(row, -np.inf, b) for row, b in self.inequalities]
         for kind, limit in limits.items():
-            row = {i: a * SCALE / limit for i, a in self.costs[kind].items()}
-            rows.append((row, -np.inf, SCALE * (1 - slack) - self._constant(kind) * SCALE / limit))
+            row = {i: a / limit for i, a in self.costs[kind].items()}
+            most = self._between(kind, limit) * (1 - slack) - self._constant(kind)
+            rows.append((row, -np.inf, most / limit))
+        for kind, floor in (floors or {}).items():
+            row = {i: a / floor for i, a in self.costs[kind].items()}
+            rows.append((row, 1.0 - self._constant(kind) / floor, np.inf))
         for plan in cuts:
             chosen = [self._column(c, plan) for c, (_, widths) in enumerate(self.classes) if len(widths) > 1]
             rows.append((dict.fromkeys(chosen, 1.0), -np.inf, len(chosen) - 1.0))
@@ -169,7 +177,11 @@ class Program:
             np.zeros(self.columns),
             np.full(self.columns, np.inf),
         )
+        # Products of binaries are binary by themselves; left continuous, the presolve of HiGHS 1.12
+        # does not end, or cuts off the best plan.
+        integral[self.products] = 1
         upper[: self.start[-1]] = 1
+        upper[self.products] = 1
         base = 0.0  # each class's least value goes before the division: only differences need the precision
         for c, (_, widths) in self._all():
             own = slice(int(self.start[c]), int(self.start[c + 1]))
@@ -198,13 +210,15 @@ class Program:
                     remedy="Give it more, or fewer candidates",
                 )
             return None
-        bound = done.fun if done.mip_dual_bound is None else done.mip_dual_bound
+        # The dual bound that HiGHS states can be far off where it also states a gap of 0.
+        ended = done.mip_dual_bound is None or (done.status == 0 and done.mip_gap <= 1e-9)
+        bound = done.fun if ended else done.mip_dual_bound
         bits = {}
         for c, (sites, widths) in self._all():
             best = int(np.argmax(done.x[self.start[c] : self.start[c] + len(widths)]))
             bits.update(dict.fromkeys(sites, widths[best]))
         bits.pop("")
-        return Solution(bits, base - bound * unit)
+        return Solution(bits, base - done.fun * unit, base - bound * unit)
 
     def cheapest(self, kind: str, limits: Mapping[str, float] | None = None) -> Solution | None:
         """The plan that costs the least of ``kind``, within ``limits`` of others, or None."""
@@ -218,6 +232,19 @@ class Program:
     def _column(self, c: int, bits: Mapping[str, int]) -> int:
         sites, widths = self.classes[c]
         return int(self.start[c]) + widths.index(bits[sites[0]])
+
+    def _between(self, kind: str, limit: float) -> float:
+        """A limit half a unit above ``limit`` where costs come in units (operations, bytes, bits of one
+        element): plans at the limit and plans just over it are then both clear of the solver's tolerance."""
+        layers = self.cost.cost.layers
+        elements = {
+            "average_weight_bits": sum(layer.weight_elements for layer in layers),
+            "average_activation_bits": sum(sum(layer.activation_elements.values()) for layer in layers),
+        }
+        if kind.startswith("table:"):
+            return limit
+        units = max(elements.get(kind, 1), 1)
+        return (math.floor(limit * units * (1 + 1e-12)) + 0.5) / units
 
     def _constant(self, kind: str) -> float:
         return float(self.cost.constant(kind))
@@ -256,6 +283,7 @@ class Program:
             return
         else:
             columns = {self._new_column(): (j, k) for j in range(len(first)) for k in range(len(second))}
+            self.products += columns
             for j, x in enumerate(x1):
                 same = {y: 1.0 for y, (jj, _) in columns.items() if jj == j}
                 self.equalities.append(({**same, x: -1.0}, 0.0))
@@ -305,4 +333,4 @@ def _add(row: Row, column: int, number: float) -> None:
 
 def _scaled(row: Row) -> Row:
     largest = max(abs(a) for a in row.values())
-    return {i: a * SCALE / largest for i, a in row.items()}
+    return {i: a / largest for i, a in row.items()}

@@ -47,11 +47,11 @@ class Liveness:
         differentiable. Sites without bits are in float."""
         sizes = [_size(tensor, bits) for tensor in self.tensors]
         totals = [sum(sizes[i] for i in moment) for moment in self.moments]
-        return max(totals, key=float, default=0)
+        return max(totals, default=0)
 
 
 def _size(tensor: LiveTensor, bits: Mapping[str, Any]) -> Any:
-    widest = max((bits.get(site, FLOAT) for site in tensor.sites), key=float, default=FLOAT)
+    widest = max((bits.get(site, FLOAT) for site in tensor.sites), default=FLOAT)
     return tensor.bytes_at(widest) if isinstance(widest, int) else tensor.elements * widest / 8
 
 

@@ -6,11 +6,19 @@ not found out at export. Containers say how many bits a code of b bits takes in 
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from bitsmith.errors import TargetError, listing, nearest
-from bitsmith.quantization.cost_table import CostTable, Shared
-from bitsmith.quantization.scheme import FLOAT, Scheme
+from bitsmith.errors import FormatError, TargetError, listing, nearest
+from bitsmith.files import read_json
+from bitsmith.numerics.blocks import GRANULARITIES
+from bitsmith.quantization.cost_table import BUILT_IN, CostTable, Shared, shared_from, unknown
+from bitsmith.quantization.scheme import CHOICES, FLOAT, Scheme
+
+VERSION = 1  # of target files
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,14 @@ class Target:
                 where=f"{site}.bits",
                 got=scheme.bits,
                 expected=listing(str(b) for b in self.weight_containers),
+            )
+        multiplied = {bits for pair in self.pairs or () for bits in pair}
+        if self.pairs is not None and scheme.bits not in multiplied:
+            raise TargetError(
+                f"target {self.name} multiplies no such width",
+                where=f"{site}.bits",
+                got=scheme.bits,
+                expected=listing(str(b) for b in sorted(multiplied)),
             )
         if kind == "weight" and scheme.grid not in ("auto", *self.weight_grids):
             raise TargetError(
@@ -119,16 +135,110 @@ TARGETS: dict[str, Target] = {
 
 
 def get_target(name: str | Target) -> Target:
-    """The built-in target of this name. Raises TargetError with the nearest names."""
+    """The built-in target of this name, or the one that a .json file describes.
+
+    Raises TargetError with the nearest names, and what `load_target` raises.
+    """
     if isinstance(name, Target):
         return name
+    if name.endswith(".json"):
+        return load_target(name)
     if name not in TARGETS:
         close = nearest(name, TARGETS, 1)
         raise TargetError(
             "no such target",
             where="target",
             got=name,
-            expected=listing(TARGETS),
+            expected=f"{listing(TARGETS)}; or the path of a .json file",
             remedy=f"Did you mean {close[0]}?" if close else "",
         )
     return TARGETS[name]
+
+
+def load_target(path: str | os.PathLike[str]) -> Target:
+    """The target that a file describes (docs/custom_targets.md); its name is the path, so that what is saved
+    with a model finds it again. Raises FormatError, naming the key.
+    """
+    value, where = read_json(path, "target file"), os.fspath(path)
+    unknown(value, ("version", *(key for key in Target.__dataclass_fields__ if key != "name")), where)
+    if value.get("version") != VERSION:
+        raise FormatError(
+            "this is not a target file that we can read",
+            where=where,
+            got=f"version {value.get('version')!r}",
+            expected=f"version {VERSION}",
+        )
+
+    def some(key: str, choices: tuple[str, ...]) -> tuple[str, ...]:
+        return _read(value, key, where, lambda v: _names(v, choices), f"a list of {listing(choices)}")
+
+    def table(key: str) -> CostTable | None:
+        found = value.get(key)
+        if found is None or isinstance(found, Mapping):
+            return None if found is None else CostTable.from_dict(found, f"{where}: {key}")
+        text = _read(value, key, where, lambda v: v if isinstance(v, str) else None, "a table, or its path")
+        # A path is meant from the folder of the file that names it.
+        built_in = (BUILT_IN / f"{text}.json").is_file()
+        return CostTable.load(text if built_in else os.fspath(Path(path).parent / text))
+
+    pairs_are = "a list of pairs of widths, such as [[4, 8], [8, 8]]"
+    pairs = None if value.get("pairs") is None else _read(value, "pairs", where, _pairs, pairs_are)
+    return Target(
+        name=where,
+        weight_containers=_read(
+            value,
+            "weight_containers",
+            where,
+            _containers,
+            'bits of a code -> bits in the file, {"4": 4, "8": 8}',
+        ),
+        weight_granularities=some("weight_granularities", tuple(g for g in GRANULARITIES if g != "token")),
+        activation_granularities=some("activation_granularities", GRANULARITIES),
+        weight_grids=some("weight_grids", tuple(g for g in CHOICES["grid"] if g != "auto")),
+        dynamic_activations=_read(
+            value, "dynamic_activations", where, lambda v: v if isinstance(v, bool) else None, "true or false"
+        ),
+        runs=_read(value, "runs", where, lambda v: v if isinstance(v, str) else None, "text: what runs it"),
+        pairs=pairs,
+        shared=shared_from(value.get("shared", []), f"{where}: shared"),
+        latency=table("latency"),
+        energy=table("energy"),
+    )
+
+
+def _read(value: Mapping[str, Any], key: str, where: str, parse: Callable[[Any], Any], expected: str) -> Any:
+    """``parse(value[key])``, which is None for a wrong value."""
+    found = parse(value[key]) if key in value else None
+    if found is None:
+        raise FormatError(
+            "a target needs this" if key not in value else "this key of a target is not valid",
+            where=f"{where}: {key}",
+            got=repr(value[key]) if key in value else None,
+            expected=expected,
+        )
+    return found
+
+
+def _names(value: Any, choices: tuple[str, ...]) -> tuple[str, ...] | None:
+    if not isinstance(value, list) or not value or not all(v in choices for v in value):
+        return None
+    return tuple(value)
+
+
+def _containers(value: Any) -> dict[int, int] | None:
+    widths = {str(b): b for b in range(1, 9)}
+    if not isinstance(value, dict) or not value or not set(value) <= set(widths):
+        return None
+    for key, held in value.items():
+        if isinstance(held, bool) or not isinstance(held, int) or not widths[key] <= held <= FLOAT:
+            return None
+    return {widths[key]: value[key] for key in sorted(value)}
+
+
+def _pairs(value: Any) -> tuple[tuple[int, int], ...] | None:
+    if not isinstance(value, list) or not value:
+        return None
+    for pair in value:
+        if not isinstance(pair, list) or len(pair) != 2 or any(b not in range(1, 9) for b in pair):
+            return None
+    return tuple((int(w), int(a)) for w, a in value)

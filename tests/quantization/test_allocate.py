@@ -1,0 +1,191 @@
+"""Allocation against brute force: the same value, the same feasibility, and never over a budget."""
+
+import dataclasses
+import itertools
+import random
+from collections.abc import Mapping, Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bitsmith.errors import BudgetError, SiteError, TargetError
+from bitsmith.quantization import TARGETS, Budget, BudgetCost, allocate, uniform_plan
+from tests.quantization.networks import network, random_network, total
+
+CHAIN = [("a.weight", "a.input", 100, 50), ("b.weight", "b.input", 200, 80), ("c.weight", "c.input", 50, 20)]
+WIDTHS = {site: (2, 4, 8) for layer in CHAIN for site in layer[:2]}
+NPU = dataclasses.replace(TARGETS["native"], name="npu", pairs=((2, 4), (4, 4), (4, 8), (8, 8), (3, 6)))
+
+
+def plans(cost: BudgetCost, shared: Sequence[Sequence[str]] = ()) -> list[dict[str, int]]:
+    """Every plan that the target and the shared groups admit, whatever it costs."""
+    sites = list(cost.cost.present)
+    found = []
+    for bits in itertools.product(*(cost.widths(site) for site in sites)):
+        plan = dict(zip(sites, bits, strict=True))
+        pairs = all(
+            cost.cost.target.multiplies(*(plan[s] for s in layer.operands)) for layer in cost.cost.layers
+        )
+        if pairs and all(len({plan[site] for site in group}) == 1 for group in shared):
+            found.append(plan)
+    return found
+
+
+def fits(cost: BudgetCost, plan: Mapping[str, int]) -> bool:
+    limits = cost.limits.tolist()
+    return all(used <= limit for used, limit in zip(cost.exact(plan).values(), limits, strict=True))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10**6),
+    target=st.sampled_from(["native", "onnxruntime", NPU]),
+    kinds=st.sets(
+        st.sampled_from(["bops", "weight_bytes", "activation_bytes", "average_weight_bits", "table"]),
+        min_size=1,
+        max_size=2,
+    ),
+    level=st.floats(0.0, 1.0),
+    share=st.booleans(),
+)
+def test_the_value_is_that_of_the_best_of_all_plans(
+    seed: int, target: str, kinds: set[str], level: float, share: bool
+) -> None:
+    model, choices, values = random_network(seed, 3, target)
+    draw = random.Random(seed)
+    shared = [draw.sample(sorted(model.present), 2)] if share else []
+    everything: dict[str, float] = {kind: 1e12 for kind in kinds if kind != "table"}
+    tables = [{"table": "energy_45nm", "limit": 1e12}] if "table" in kinds else []
+    try:
+        cost = BudgetCost(model, Budget(**everything, tables=tables), choices)
+    except TargetError:
+        return
+    possible = plans(cost, shared)
+    if possible:  # a limit that some plan meets exactly, or that is just too low
+        for b, kind in enumerate(cost.kinds):
+            costs = sorted(float(cost.exact(plan)[kind]) for plan in possible)
+            cost.limits[b] = max(
+                costs[int(level * (len(costs) - 1) * draw.random())] - draw.choice((0, 0.5)), 0.1
+            )
+    best = max((total(p, choices, values) for p in possible if fits(cost, p)), default=None)
+    if best is None:
+        with pytest.raises(BudgetError):
+            allocate(cost, values, shared=shared)
+        return
+    found = allocate(cost, values, shared=shared)
+    assert found.value == pytest.approx(best, abs=1e-7)
+    assert total(found.bits, choices, values) == pytest.approx(found.value)
+    assert found.bits in possible
+    assert found.gap <= 1e-9
+    assert found.used == cost.exact(found.bits)
+
+
+def test_a_thousand_random_plans_never_exceed_their_budgets() -> None:
+    over = []
+    for seed in range(1000):
+        draw = random.Random(seed)
+        model, choices, values = random_network(seed, 4, draw.choice(["native", "onnxruntime"]), candidates=4)
+        cost = BudgetCost(model, Budget(bops=1e9, activation_bytes=1e9, average_weight_bits=9), choices)
+        plan = {site: draw.choice(cost.widths(site)) for site in model.present}
+        for b, used in enumerate(cost.exact(plan).values()):  # met exactly, and by 1e-8 not
+            cost.limits[b] = float(used) * draw.choice((1, 1, 1 + 1e-8, 1 - 1e-8))
+        try:
+            found = allocate(cost, values)
+        except BudgetError:
+            continue
+        over += [] if fits(cost, found.bits) else [seed]
+        assert found.gap <= 1e-9
+    assert over == []
+
+
+def test_a_limit_is_met_exactly_where_a_plan_does() -> None:
+    cost = BudgetCost(network(CHAIN), Budget(average_weight_bits=4, average_activation_bits=4), WIDTHS)
+    value = {site: [0.0, 1.0, 1.5] for site in WIDTHS}
+    assert allocate(cost, value).bits == dict.fromkeys(WIDTHS, 4)
+
+
+def test_sites_that_are_fixed_keep_their_widths_and_are_in_the_plan() -> None:
+    cost = BudgetCost(network(CHAIN), Budget(bops=0.99), {"b.weight": (2, 4), "c.input": (3,)})
+    found = allocate(cost, {"b.weight": [0, 1]})
+    assert found.bits == {**dict.fromkeys(WIDTHS, 8), "b.weight": 4, "c.input": 3}
+
+
+def test_sites_share_a_width_where_the_target_says_so_for_each_block() -> None:
+    target = dataclasses.replace(TARGETS["native"], shared=(("*.q", "*.k"), "x*"))
+    layers = [(f"{block}.{p}", f"x{block}", 10, 10) for block in (0, 1) for p in "qk"]
+    cost = BudgetCost(
+        network(layers, target=target),
+        Budget(bops=1e9),
+        {"0.q": (2, 4), "0.k": (8, 4), "1.q": (2, 8), "1.k": (2, 8), "x0": (4, 8), "x1": (4, 8)},
+    )
+    value = {"0.q": [9, 0], "0.k": [9, 0], "1.q": [0, 2], "1.k": [1, 0], "x0": [0, 1], "x1": [3, 0]}
+    bits = allocate(cost, value).bits
+    assert bits == {"0.q": 4, "0.k": 4, "1.q": 8, "1.k": 8, "x0": 4, "x1": 4}
+
+
+def test_only_pairs_that_the_target_multiplies_are_chosen() -> None:
+    npu = dataclasses.replace(TARGETS["native"], name="npu", pairs=((4, 8), (8, 8)))
+    cost = BudgetCost(network(CHAIN, target=npu), Budget(bops=0.05), WIDTHS)
+    bits = allocate(cost, {site: [5, 1, 0] for site in WIDTHS}).bits
+    assert {bits[f"{layer}.input"] for layer in "abc"} == {8}
+    assert {bits[f"{layer}.weight"] for layer in "abc"} == {4}
+
+
+# ---- errors
+
+
+def test_what_holds_a_plan_above_its_budget_is_named() -> None:
+    cost = BudgetCost(network(CHAIN), Budget(bops=2000), {"b.weight": (2, 4), "b.input": (2, 4)})
+    with pytest.raises(BudgetError) as error:
+        allocate(cost, {"b.weight": [0, 1], "b.input": [0, 1]})
+    assert str(error.value) == (
+        "budget: the cheapest plan costs 10400 bops, the budget is 2000; held up by a.weight x a.input "
+        "(8 x 8 bits): 62%, c.weight x c.input (8 x 8 bits): 31%. "
+        "Raise the limit, add narrower candidates, or free sites that are fixed."
+    )
+    assert error.value.exit_code == 2
+    with pytest.raises(BudgetError, match="the cheapest plan costs 10400 bops"):
+        uniform_plan(cost)
+
+
+def test_two_budgets_that_contradict_each_other_are_both_named() -> None:
+    npu = dataclasses.replace(TARGETS["native"], name="npu", pairs=((2, 8), (8, 2)))
+    layers = [("a.weight", "a.input", 10, 100)]
+    budget = Budget(average_weight_bits=3, average_activation_bits=3, bops=1e6)
+    cost = BudgetCost(network(layers, target=npu), budget, {"a.weight": (2, 8), "a.input": (2, 8)})
+    with pytest.raises(BudgetError, match="contradict each other") as error:
+        allocate(cost, {"a.weight": [0, 1], "a.input": [0, 1]})
+    assert error.value.where == "budget: average_weight_bits and average_activation_bits"
+
+
+def test_sites_that_must_share_a_width_and_cannot_are_named() -> None:
+    cost = BudgetCost(network(CHAIN), Budget(bops=0.5), {"a.weight": (2, 3), "b.weight": (4, 8)})
+    value = {"a.weight": [0, 1], "b.weight": [0, 1]}
+    with pytest.raises(BudgetError, match=r"a\.weight = b\.weight: .*no candidate in common"):
+        allocate(cost, value, shared=[["a.weight", "b.weight"]])
+    with pytest.raises(SiteError, match=r"b\.weigth: .*nearest are b\.weight"):
+        allocate(cost, value, shared=[["a.weight", "b.weigth"]])
+
+
+@pytest.mark.parametrize("numbers", [None, [1.0], [0.0, float("nan"), 1.0]])
+def test_a_value_is_needed_for_each_candidate(numbers: list[float] | None) -> None:
+    cost = BudgetCost(network(CHAIN), Budget(bops=0.5), WIDTHS)
+    value = {site: [0.0, 1.0, 2.0] for site in WIDTHS} | {"b.input": numbers}
+    with pytest.raises(SiteError, match=r"value\.b\.input: .*3 finite numbers"):
+        allocate(cost, value)  # type: ignore[arg-type]
+
+
+# ---- the uniform plan
+
+
+def test_the_uniform_plan_is_the_widest_that_fits() -> None:
+    cost = BudgetCost(network(CHAIN), Budget(average_weight_bits=5.0), {**WIDTHS, "a.weight": (3, 5)})
+    assert uniform_plan(cost) == {**dict.fromkeys(WIDTHS, 4), "a.weight": 5}
+
+
+def test_the_uniform_plan_says_that_mixed_widths_would_fit() -> None:
+    npu = dataclasses.replace(TARGETS["native"], name="npu", pairs=((4, 8), (8, 8)))
+    cost = BudgetCost(network(CHAIN, target=npu), Budget(average_weight_bits=5.0), WIDTHS)
+    with pytest.raises(BudgetError, match="Use allocate"):
+        uniform_plan(cost)
