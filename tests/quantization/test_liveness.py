@@ -84,8 +84,8 @@ def test_memory_grows_with_bits_and_is_differentiable() -> None:
         assert found == sorted(found)
         assert all(isinstance(size, int) for size in found)
         assert found[0] <= found[-1] <= cost.report()["activation_bytes_float"] == cost.activation_bytes({})
-        bits = {site: torch.tensor(4.0, requires_grad=True) for site in cost.present}
-        size = cost.activation_bytes(bits)
-        size.backward()
-        assert size.item() == cost.activation_bytes(dict.fromkeys(cost.present, 4))
-        assert any(b.grad is not None and b.grad > 0 for b in bits.values())
+    bits = {site: torch.tensor(4.0, requires_grad=True) for site in cost.present}
+    size = cost.activation_bytes(bits)
+    size.backward()
+    assert size.item() == cost.activation_bytes(dict.fromkeys(cost.present, 4))
+    assert any(b.grad is not None and b.grad > 0 for b in bits.values())
