@@ -1,18 +1,22 @@
 """Scores, measured losses and prices of a tiny job, each against a second way of finding it."""
 
+import os
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bitsmith.errors import BudgetError, RecipeError, SchemeError
+from bitsmith.errors import BudgetError, Interrupted, RecipeError, SchemeError
 from bitsmith.files import read_json
 from bitsmith.quantization import Plan, Scheme, measure, prepare
 from bitsmith.recipe import Recipe, load_recipe, run
 from bitsmith.recipe.directory import load_stage
 from bitsmith.recipe.job import read_inputs
 from bitsmith.recipe.limits import budget_of, parse_limits, with_budget
+from bitsmith.recipe.progress import Event
 from bitsmith.recipe.sensitivity import _validation, analyse
 from bitsmith.tasks import evaluate
 
@@ -100,11 +104,11 @@ def test_the_float_model_is_that_of_a_run(recipe: Recipe, tmp_path: Path) -> Non
     assert (tmp_path / "run" / "sensitivity.html").exists()
 
 
-def test_without_a_budget_prices_are_of_the_recipes_own_widths(out: Path) -> None:
+def test_without_a_budget_prices_are_of_the_recipes_own_widths(out: Path, tmp_path: Path) -> None:
     plain = load_recipe(
         None, [*QUICK, "methods=[]", "quantize.weights.bits=3", "quantize.activations.bits=4"]
     )
-    found = analyse(plain, out, top=1)
+    found = analyse(plain, shutil.copytree(out, tmp_path / "out"), top=1)
     assert found["plan_from"] == "recipe"
     bits = {site["name"]: site["bits"] for site in found["sites"]}
     assert bits["conv2.weight"] == 3
@@ -121,15 +125,29 @@ def test_an_impossible_budget_is_found_before_training(recipe: Recipe, tmp_path:
     with pytest.raises(BudgetError, match="the cheapest plan costs"):
         analyse(recipe, tmp_path / "out", limits={"bops": 0.0001})
     assert not (tmp_path / "out" / "checkpoints").exists()
+    corrected = load_recipe(None, [*QUICK, "float.epochs=1"])  # the directory is as good as new
+    assert analyse(corrected, tmp_path / "out", top=0)["budget"]
     with pytest.raises(SchemeError, match="stores none of these widths"):
         analyse(load_recipe(None, [*QUICK, "methods=[{budget_search: {candidates: [9]}}]"]), tmp_path / "o")
 
 
-def test_the_callers_random_numbers_are_left_alone(recipe: Recipe, out: Path) -> None:
+def test_an_interrupted_float_training_goes_on(recipe: Recipe, out: Path, tmp_path: Path) -> None:
+    def interrupt(event: Event) -> None:
+        if event.stage == "float" and event.done >= 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="Give the same command again"):
+        analyse(recipe, tmp_path / "out", progress=interrupt)
+    analyse(recipe, tmp_path / "out", top=6)
+    assert (tmp_path / "out" / "sensitivity.json").read_text() == (out / "sensitivity.json").read_text()
+
+
+def test_the_callers_random_numbers_are_left_alone(recipe: Recipe, out: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(out, tmp_path / "out")
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    analyse(recipe, out, top=0)
+    analyse(recipe, copy, top=0)
     assert torch.equal(torch.rand(4), expected)
 
 

@@ -79,19 +79,19 @@ def command(
 
 
 def _show(found: dict[str, Any], out: Path) -> None:
-    from bitsmith.report.sensitivity import asked, bits_text, figure, kind_text, price_text
-    from bitsmith.report.words import points
+    from bitsmith.report.sensitivity import asked, bits_text, figure, kind_text
+    from bitsmith.report.words import points, small_percent
 
     console = output()
     by_budget = found["plan_from"] == "budget"
-    kind = kind_text(found["budget"][0]["kind"])
+    kinds = " / ".join(kind_text(entry["kind"]) for entry in found["budget"])
     widths = sorted({bits for site in found["sites"] for bits in site["candidates"]})
     made = table(
         "Score of every site and width",
         ("site", *map(str, widths), "plan" if by_budget else "bits", "next", "price"),
         (),
         caption="Higher hurts more; bold is the plan, dim was asked for by name. "
-        f"Price of the next width: share of {'the budget' if by_budget else 'the float model'}'s {kind}.",
+        f"Price of the next width: share of {'the budget' if by_budget else 'the float model'}'s {kinds}.",
     )
     for site in found["sites"]:
         known = dict(zip(site["candidates"], site["scores"], strict=True))
@@ -101,7 +101,8 @@ def _show(found: dict[str, Any], out: Path) -> None:
             for bits in widths
         ]
         wider = site["next"]
-        price = price_text(wider["price"]) if wider else ""
+        shares = [small_percent(entry["share"]) for entry in wider["price"]] if wider else []
+        price = "not on this target" if wider and not shares else " / ".join(f"+{share}" for share in shares)
         made.add_row(
             Text(site["name"], "" if site["free"] else "dim"),
             *cells,

@@ -38,7 +38,8 @@ def open_baseline(out: Path, recipe: Recipe) -> Iterator[Path]:
             "this is a file, not a directory", where=f"--out {out}", remedy="Choose another --out"
         )
     with directory_lock(out):
-        if (out / "recipe.yaml").exists():
+        begun = {path.name for path in out.iterdir()} - {"recipe.yaml", ".lock"}  # beyond being refused
+        if begun and (out / "recipe.yaml").exists():
             _same_baseline(out, recipe)
         elif stage_path(out, "float").exists():
             raise FormatError(

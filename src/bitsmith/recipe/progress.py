@@ -22,7 +22,7 @@ STAGES = {
 
 @dataclass(frozen=True)
 class Event:
-    """``done`` of ``total`` units of ``stage`` (a key of STAGES, or a title); finished when they are equal."""
+    """``done`` of ``total`` units of ``stage`` (a key of STAGES or a title); finished when they are equal."""
 
     stage: str
     done: int = 1

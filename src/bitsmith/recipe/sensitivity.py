@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitsmith.errors import RecipeError
+from bitsmith.errors import Interrupted, RecipeError
 from bitsmith.files import write_json
 from bitsmith.quantization import FixedBits, Plan, calibrate, measure, plan_of, set_bits, sites
 from bitsmith.quantization.allocate import allocate
@@ -69,7 +69,10 @@ def analyse(
         _plan(
             Sites(recipe, copy.deepcopy(model), data, budget), None
         )  # an impossible budget is found out now
-        float_model(recipe, model, data, directory, tell)
+        try:
+            float_model(recipe, model, data, directory, tell)
+        except Interrupted as error:
+            raise Interrupted(error.what, where=error.where, remedy="Give the same command again") from None
         tell(Event(STAGE, 0, 2))
         found = Sites(recipe, model, data, budget)
         scores = found.scores()
