@@ -17,10 +17,7 @@ EXAMPLES = (
     ("bitsmith sweep my.yaml --budgets 0.02,0.03,0.05", "three shares of float's bit operations"),
     ("bitsmith sweep my.yaml --budgets 3,4,6 --kind average_weight_bits", "by average bits of the weights"),
     ("bitsmith sweep my.yaml --budgets 0.01,0.02,0.03,0.05 --out runs/front --resume", "two points more"),
-    (
-        "bitsmith sweep --set 'methods=[budget_search]' --set quantize.overrides={} --budgets 0.01,0.02",
-        "the handwritten digits, with nothing to prepare",
-    ),
+    ("bitsmith sweep --budgets 0.006,0.008,0.012", "the handwritten digits, with nothing to prepare"),
 )
 
 
