@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bitsmith.methods import Method
 from bitsmith.methods.budget_search import BudgetSearch, free_sites, site_candidates
 from bitsmith.quantization import (
     Scheme,
@@ -147,8 +148,26 @@ class Unit:
         self.calibrate(model)
         if not cold:
             search.start_at(self.values)
-        result: dict[str, Any] = self.train(model, [search])
-        return result, search.plan().bits
+        trace = Trace(search)
+        result: dict[str, Any] = self.train(model, [search, trace])
+        return {**result, "lambda_varies": trace.varies()}, search.plan().bits
+
+
+class Trace(Method):
+    """lambda after every step of the search."""
+
+    def __init__(self, search: BudgetSearch) -> None:
+        super().__init__()
+        self.searches, self.values = [search], []
+
+    def after_step(self, step: int, steps: int) -> None:
+        if self.searches[0].is_searching():
+            self.values.append(float(self.searches[0].multiplier_bops))
+
+    def varies(self) -> float:
+        """Range of the last tenth of the search against its mean."""
+        last = self.values[-max(2, len(self.values) // 10) :]
+        return (max(last) - min(last)) / max(sum(last) / len(last), 1e-9)
 
 
 def random_plan(cost: BudgetCost, seed: int) -> dict[str, int]:

@@ -7,15 +7,16 @@ without one stops the generator. tests/docs/test_documents.py fails while a page
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from bitsmith.quantization.scheme import CHOICES as SCHEME_CHOICES
 from bitsmith.quantization.scheme import Scheme
 from bitsmith.quantization.target import TARGETS, Target
 from bitsmith.recipe.load import DEFAULT
-from bitsmith.recipe.methods import METHODS
+from bitsmith.recipe.methods import METHODS, method_class
 from bitsmith.recipe.schema import EXPORTS, Quantize, Recipe
 from bitsmith.train.config import CHOICES as TRAIN_CHOICES
 from bitsmith.train.config import RANGES, TrainConfig
@@ -208,12 +209,10 @@ def train_rows() -> Iterator[Row]:
 
 
 def methods() -> str:
-    if not METHODS:
-        return "## Methods\n\nThis version has no methods beside plain quantization-aware training.\n"
     rows = []
-    for name, kind in METHODS.items():
-        hints = get_type_hints(kind.__init__)
-        options = ", ".join(f"`{option}`" for option in hints if option != "return")
+    for name in METHODS:
+        kind = method_class(name)
+        options = ", ".join(f"`{key}`" for key in inspect.signature(kind).parameters if key != "example")
         rows.append(f"| `{name}` | `{kind.__name__}` | {options} |")
     return "\n".join(["## Methods\n", "| Name | Class | Options |", "| --- | --- | --- |", *rows, ""])
 

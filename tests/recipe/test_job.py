@@ -89,6 +89,8 @@ def test_a_run_that_ends_leaves_no_half_finished_checkpoint(uninterrupted: Path)
     assert {path.name for path in (uninterrupted / "checkpoints").iterdir()} == {
         "float.safetensors",
         "qat.safetensors",
+        "uniform.safetensors",
+        "winner.safetensors",
     }
 
 

@@ -54,8 +54,8 @@ def test_resuming_without_a_name_takes_the_latest_run(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no run to resume"):
         latest_directory("digits", tmp_path)
     for name in ("digits", "digits-2", "digits_vit"):
-        with open_run(tmp_path / name, load_recipe(), resume=False):
-            pass
+        with open_run(tmp_path / name, load_recipe(), resume=False) as out:
+            (out / "checkpoints").mkdir()  # begun, and not refused before that
     assert latest_directory("digits", tmp_path).name == "digits-2"
 
 

@@ -36,6 +36,7 @@ from bitsmith.quantization.budget import Budget, BudgetCost
 from bitsmith.quantization.quantizer import Quantizer
 from bitsmith.quantization.target import get_target
 
+FILL = 0.98  # of what the dearest plan uses: bits that the budget pays for are not left unused
 MODES = ("sampled", "mixed", "real")
 
 
@@ -74,8 +75,7 @@ class Categorical(BitWidth):
             return None
         if self.mode != "sampled":
             return self.probabilities(noisy=True)
-        p = self.probabilities().index_select(0, self.rows)
-        return p / p.detach()
+        return _Drawn.apply(self.logits, self.rows, self.gain, self.temperature)
 
     def expected(self) -> Tensor:
         """Mean of the candidates, free of noise; the width itself once decided."""
@@ -84,12 +84,13 @@ class Categorical(BitWidth):
         return self.probabilities() @ self.candidates
 
     @torch.no_grad()
-    def draw(self, noise: Tensor, temperature: float) -> None:
-        """Take Gumbel ``noise`` (K,) for the next forward: the largest noisy logit is a draw from p."""
-        self.noise.copy_(noise)
-        self.temperature.fill_(temperature)
+    def draw(self, noise: Tensor, temperature: Tensor, row: int) -> None:
+        """What the next forward uses: Gumbel ``noise`` (K,), or the ``row`` drawn with it."""
+        self.temperature.copy_(temperature)
         if self.mode == "sampled":
-            self.rows.fill_(int((self.gain * self.logits / temperature + noise).argmax()))
+            self.rows.fill_(row)
+        else:
+            self.noise.copy_(noise[: len(self.noise)])
 
     @torch.no_grad()
     def commit(self, bits: int) -> None:
@@ -101,6 +102,23 @@ class Categorical(BitWidth):
     def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
         super()._load_from_state_dict(*arguments, **keywords)
         self._is_decided = bool(self.decided)
+
+
+class _Drawn(torch.autograd.Function):
+    """p / p.detach() of the row drawn: 1, with the gradient of log p = gain * logits / t - logsumexp."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, rows: Tensor, gain: float, temperature: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(logits, rows, temperature)
+        ctx.gain = gain
+        return logits.new_ones(1)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
+        logits, rows, temperature = ctx.saved_tensors
+        slope = g * (ctx.gain / temperature)
+        p = torch.softmax(logits * (ctx.gain / temperature), 0)
+        return (p * -slope).index_add(0, rows, slope), None, None, None
 
 
 class BudgetSearch(Method):
@@ -125,7 +143,7 @@ class BudgetSearch(Method):
         candidates: Sequence[int] = (1, 2, 3, 4, 6, 8),
         sites: Sequence[str] | None = None,
         mode: str = "sampled",
-        search_share: float = 0.25,
+        search_share: float = 0.2,
         temperature: tuple[float, float] = (1.0, 0.3),
         multiplier_rate: float = 0.2,
         damping: float = 2.0,
@@ -162,11 +180,11 @@ class BudgetSearch(Method):
             self.register_buffer(f"used_{kind}", torch.tensor(1.0))
 
     @torch.no_grad()
-    def start_at(self, values: Mapping[str, Tensor], confidence: float = 0.6) -> None:
+    def start_at(self, values: Mapping[str, Tensor], confidence: float = 0.75) -> None:
         """Start from ``values`` of all candidates (site -> (K,), larger is better, e.g. minus a sensitivity):
         the best plan of the budget has the probability ``confidence`` at every site, the others share the
         rest in the order of their values."""
-        best = allocate(self.cost, {name: value.tolist() for name, value in values.items()}).bits
+        best = allocate(self.cost, {n: value.tolist() for n, value in values.items()}, fill=FILL).bits
         for name, width in self.widths.items():
             chosen = self._row(name, best[name])
             gaps = (values[name] - values[name][chosen]).abs()
@@ -187,8 +205,12 @@ class BudgetSearch(Method):
 
     def probabilities(self) -> Tensor:
         """(sites, K) padded with zeros, free of noise, differentiable."""
+        return torch.softmax(self._scores(), 1)
+
+    def _scores(self) -> Tensor:
+        """gain * logits / temperature, (sites, K) padded with -inf."""
         logits = nn.utils.rnn.pad_sequence([w.logits for w in self.widths.values()], batch_first=True)
-        return torch.softmax(self.logit_rate * logits / self.temperature + self.padding, 1)
+        return logits * (self.logit_rate / self.temperature) + self.padding
 
     def penalty(self) -> Tensor:
         """[lambda + rho g]_+ g summed over the budgets; 0 once the widths are decided."""
@@ -224,7 +246,7 @@ class BudgetSearch(Method):
     def plan(self) -> Plan:
         """The most likely plan within the budget; what was decided, once it is."""
         if self.is_searching():
-            bits = allocate(self.cost, self._values()).bits
+            bits = allocate(self.cost, self._values(), fill=FILL).bits
         else:
             bits = {name: int(q.bits.expected()) for name, q in sites(self.models[0]).items()}
         plan = plan_of(self.models[0], bits=bits)
@@ -245,10 +267,11 @@ class BudgetSearch(Method):
 
     @torch.no_grad()
     def _draw(self) -> None:
-        shape = self.padding.shape
-        noise = -torch.empty(shape).exponential_(generator=self.generator).log()
-        for width, row in zip(self.widths.values(), noise, strict=True):
-            width.draw(row[: len(width.candidates)].to(width.noise.device), float(self.temperature))
+        noise = -torch.empty(self.padding.shape).exponential_(generator=self.generator).log()
+        noise = noise.to(self.padding.device)
+        rows = (self._scores() + noise).argmax(1).tolist()
+        for width, own, row in zip(self.widths.values(), noise, rows, strict=True):
+            width.draw(own, self.temperature, row)
 
     def get_extra_state(self) -> Tensor:
         """The state of the generator of draws."""

@@ -149,7 +149,8 @@ class Program:
         gap: float = 0.0,
     ) -> Solution | None:
         """The plan that maximizes ``objective`` within ``limits`` (tightened by the relative ``slack``), not
-        below ``floors``, none of ``cuts``; None where there is none. Raises BudgetError where the time was too short to find one."""
+        below ``floors``, none of ``cuts``; None where there is none. Raises BudgetError where the time was
+        too short to find one."""
         from scipy.optimize import Bounds, LinearConstraint, milp  # a second: only who allocates pays it
         from scipy.sparse import csr_array
 

@@ -73,10 +73,11 @@ def standing(model: nn.Module, data: Data, validation_accuracy: float) -> dict[s
 
 
 def budget_entries(search: Any, bits: Mapping[str, int]) -> list[dict[str, Any]]:
-    """The ``budget`` part of metrics.json: kind, limit and use of every budget, absolute."""
-    used = search.cost.exact(bits)
+    """The ``budget`` part of metrics.json: kind, limit and use of every budget, absolute; a table's unit."""
+    used, tables = search.cost.exact(bits), search.cost.tables
     return [
         {"kind": kind, "limit": limit, "used": used[kind]}
+        | ({"unit": tables[kind].unit} if kind in tables else {})
         for kind, limit in zip(search.cost.kinds, search.cost.limits.tolist(), strict=True)
     ]
 

@@ -154,6 +154,7 @@ def compete(
             "bits": competition.describe_uniform(widths, search),
             **competition.standing(uniform, data, _validation(uniform, data)),
             "cost": search.cost.exact(widths),
+            "sites": widths,
         }
         if facts["uniform"]["validation_accuracy"] > facts["searched"]["validation_accuracy"]:
             winner, model, bits = "uniform", uniform, widths
