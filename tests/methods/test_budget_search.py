@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bitsmith.errors import BudgetError, SchemeError, SiteError
-from bitsmith.methods.budget_search import BudgetSearch, Categorical
+from bitsmith.methods.budget_search import BudgetSearch
 from bitsmith.quantization import (
     Scheme,
     calibrate,
@@ -19,6 +19,7 @@ from bitsmith.quantization import (
     sites,
 )
 from bitsmith.quantization.allocate import allocate
+from bitsmith.quantization.categorical import Categorical
 from bitsmith.quantization.quantizer import Quantizer
 
 X = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
@@ -49,11 +50,6 @@ def fit(model: nn.Module, search: BudgetSearch, steps: int, rate: float = 2e-2) 
             penalty.backward()
         optimizer.step()
         search.after_step(step, steps)
-
-
-def cost_of(search: BudgetSearch, name: str, row: int) -> float:
-    """A value that likes bits, so that a plan made by it uses what there is."""
-    return float(search.cost.candidates[name][row])
 
 
 def quantizer_of(mode: str, candidates: tuple[int, ...] = (2, 4, 8)) -> tuple[Quantizer, Categorical]:
@@ -157,11 +153,8 @@ def test_the_plan_is_never_over_the_budget_and_uses_it(mode: str, share: float) 
     plan = search.plan()
     cost = measure(model, X[:1])
     used = cost.bops(plan.bits) / cost.bops_float
-    dearest = allocate(
-        search.cost,
-        {name: [cost_of(search, name, b) for b in range(6)] for name in search.cost.sites},
-        fill=1.0,
-    )
+    wide = {name: [float(b) for b in search.cost.candidates[name]] for name in search.cost.sites}
+    dearest = allocate(search.cost, wide, fill=1.0)
     assert 0.98 * dearest.used["bops"] / cost.bops_float <= used <= share
     assert plan.budget["bops"]["used"] == cost.bops(plan.bits)
     assert not search.is_searching()

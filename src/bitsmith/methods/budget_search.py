@@ -30,95 +30,14 @@ from torch import Tensor, nn
 
 from bitsmith.errors import SchemeError, SiteError, listing, nearest
 from bitsmith.methods.method import Method
-from bitsmith.quantization import BitWidth, Plan, commit, measure, plan_of, set_bits, sites
+from bitsmith.quantization import Plan, commit, measure, plan_of, set_bits, sites
 from bitsmith.quantization.allocate import allocate
 from bitsmith.quantization.budget import Budget, BudgetCost
+from bitsmith.quantization.categorical import MODES, Categorical
 from bitsmith.quantization.quantizer import Quantizer
 from bitsmith.quantization.target import get_target
 
 FILL = 0.98  # of what the dearest plan uses: bits that the budget pays for are not left unused
-MODES = ("sampled", "mixed", "real")
-
-
-class Categorical(BitWidth):
-    """A distribution over candidate widths: softmax(gain * logits / temperature).
-
-    mode, what the forward does with it:
-        sampled   one row, drawn by `draw` with Gumbel noise; 1 in forward, the logits' gradient in backward
-        mixed     all rows, weighted by the noisy probabilities
-        real      one grid at the mean width: level bounds and log scale are means over the rows
-
-    gain: how many times as fast as a weight a logit moves under an optimizer that normalizes gradients.
-    """
-
-    def __init__(self, candidates: Sequence[int], mode: str = "sampled", gain: float = 20.0) -> None:
-        super().__init__()
-        self.mode, self.gain, self.blended = mode, gain, mode == "real"
-        count = len(candidates)
-        self.logits = nn.Parameter(torch.zeros(count))
-        self.register_buffer("candidates", torch.tensor(candidates, dtype=torch.float32))
-        start = [count - 1] if mode == "sampled" else range(count)
-        self.register_buffer("rows", torch.tensor(list(start)))
-        self.register_buffer("temperature", torch.ones(1))
-        self.register_buffer("noise", torch.zeros(count))
-        self.register_buffer("decided", torch.zeros(1))
-        self._is_decided = False  # what the buffer says, where forward can branch on it
-
-    def probabilities(self, noisy: bool = False) -> Tensor:
-        """(K,), differentiable."""
-        scores = self.gain * self.logits
-        return torch.softmax((scores + self.noise if noisy else scores) / self.temperature, 0)
-
-    @property
-    def share(self) -> Tensor | None:  # type: ignore[override]
-        if self._is_decided:
-            return None
-        if self.mode != "sampled":
-            return self.probabilities(noisy=True)
-        return _Drawn.apply(self.logits, self.rows, self.gain, self.temperature)
-
-    def expected(self) -> Tensor:
-        """Mean of the candidates, free of noise; the width itself once decided."""
-        if self._is_decided:
-            return self.candidates.index_select(0, self.rows[:1]).squeeze(0)
-        return self.probabilities() @ self.candidates
-
-    @torch.no_grad()
-    def draw(self, noise: Tensor, temperature: Tensor, row: int) -> None:
-        """What the next forward uses: Gumbel ``noise`` (K,), or the ``row`` drawn with it."""
-        self.temperature.copy_(temperature)
-        if self.mode == "sampled":
-            self.rows.fill_(row)
-        else:
-            self.noise.copy_(noise[: len(self.noise)])
-
-    @torch.no_grad()
-    def commit(self, bits: int) -> None:
-        """Decide for a candidate: a fixed width from now on."""
-        self.rows.fill_(self.candidates.tolist().index(bits))
-        self.decided.fill_(1.0)
-        self._is_decided = True
-
-    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
-        super()._load_from_state_dict(*arguments, **keywords)
-        self._is_decided = bool(self.decided)
-
-
-class _Drawn(torch.autograd.Function):
-    """p / p.detach() of the row drawn: 1, with the gradient of log p = gain * logits / t - logsumexp."""
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, rows: Tensor, gain: float, temperature: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(logits, rows, temperature)
-        ctx.gain = gain
-        return logits.new_ones(1)
-
-    @staticmethod
-    def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
-        logits, rows, temperature = ctx.saved_tensors
-        slope = g * (ctx.gain / temperature)
-        p = torch.softmax(logits * (ctx.gain / temperature), 0)
-        return (p * -slope).index_add(0, rows, slope), None, None, None
 
 
 class BudgetSearch(Method):
@@ -134,6 +53,10 @@ class BudgetSearch(Method):
     Raises BudgetError where no plan meets the budget, SchemeError for bad candidates, SiteError for a glob
     that matches nothing or where no site is free.
     """
+
+    entropy: Tensor
+    temperature: Tensor
+    padding: Tensor
 
     def __init__(
         self,
@@ -168,7 +91,7 @@ class BudgetSearch(Method):
         free = free_sites(model, self.wanted)
         candidates = site_candidates(model, free, self.candidates)
         self.widths = {name: Categorical(c, self.mode, self.logit_rate) for name, c in candidates.items()}
-        set_bits(model, self.widths)  # type: ignore[arg-type]
+        set_bits(model, self.widths)
         fixed = {name: [q.scheme.bits] for name, q in sites(model).items() if name not in candidates}
         self.cost = BudgetCost(cost, self.budget, {**candidates, **fixed})
         allocate(self.cost, self._values())  # an impossible budget is found out now
@@ -184,8 +107,9 @@ class BudgetSearch(Method):
         """Start from ``values`` of all candidates (site -> (K,), larger is better, e.g. minus a sensitivity):
         the best plan of the budget has the probability ``confidence`` at every site, the others share the
         rest in the order of their values."""
-        best = allocate(self.cost, {n: value.tolist() for n, value in values.items()}, fill=FILL).bits
-        for name, width in self.widths.items():
+        best = allocate(self.cost, {n: values[n].tolist() for n in self.cost.sites}, fill=FILL).bits
+        for name in self.cost.sites:
+            width = self.widths[name]
             chosen = self._row(name, best[name])
             gaps = (values[name] - values[name][chosen]).abs()
             gaps = gaps / gaps[gaps > 0].median() if bool((gaps > 0).any()) else gaps
@@ -323,8 +247,8 @@ def site_candidates(
             raise SchemeError(
                 f"target {target.name} stores none of these widths",
                 where=f"{name}.candidates",
-                got=listing(candidates),
-                expected=f"some of {listing(target.weight_containers)}",
+                got=listing(map(str, candidates)),
+                expected=f"some of {listing(map(str, target.weight_containers))}",
             )
     return found
 
@@ -353,7 +277,7 @@ def _checked(candidates: Sequence[int]) -> list[int]:
         raise SchemeError(
             "one width leaves nothing to search",
             where="budget_search.candidates",
-            got=listing(candidates),
+            got=listing(map(str, candidates)),
             expected="at least two widths",
         )
     return sorted(set(candidates))

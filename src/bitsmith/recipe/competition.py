@@ -12,12 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 from bitsmith.methods import Method
 from bitsmith.quantization import commit
 from bitsmith.quantization.allocate import uniform_plan
+from bitsmith.quantization.cost_table import CostTable
 from bitsmith.quantization.sensitivity import sensitivity
 from bitsmith.recipe.schema import Recipe
 from bitsmith.tasks import Data, evaluate
@@ -29,12 +31,14 @@ BATCH = 128
 
 @dataclass
 class Outcome:
-    """What the search and its competitor came to. budget: one entry per budget, for the delivered plan."""
+    """What the search and its competitor came to. budget: one entry per budget, for the delivered plan;
+    tables: those that the budgets name."""
 
     winner: str
     searched: dict[str, Any]
     uniform: dict[str, Any] | None
     budget: list[dict[str, Any]]
+    tables: tuple[CostTable, ...] = ()
 
 
 def searcher(methods: Sequence[Method]) -> Any:
@@ -42,10 +46,10 @@ def searcher(methods: Sequence[Method]) -> Any:
     return next((method for method in methods if hasattr(method, "start_at")), None)
 
 
-def start(search: Any, model: nn.Module, data: Data) -> None:
-    """Start the search from one backward per batch of training images."""
-    x, y = data.train_x[:SCORED], data.train_y[:SCORED]
-    batches = [(to_float(a), b) for a, b in zip(x.split(BATCH), y.split(BATCH), strict=True)]
+def start(search: Any, model: nn.Module, data: Data, seed: int) -> None:
+    """Start the search from one backward per batch of training images, drawn at random."""
+    rows = torch.randperm(len(data.train_x), generator=torch.Generator().manual_seed(seed))[:SCORED]
+    batches = [(to_float(data.train_x[part]), data.train_y[part]) for part in rows.split(BATCH)]
     scores = sensitivity(model, batches, F.cross_entropy)
     search.start_at({name: -scores[name] for name in search.cost.sites})
 

@@ -7,6 +7,7 @@ figures are of the test split.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import time
 from collections.abc import Mapping, Sequence
@@ -17,10 +18,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from bitsmith.errors import ExportMismatch
+from bitsmith.errors import BudgetError, ExportMismatch
 from bitsmith.export import save, to_onnx, verify
 from bitsmith.files import write_atomic, write_json
-from bitsmith.quantization import measure, plan_of
+from bitsmith.quantization import CostModel, CostTable, measure, plan_of
+from bitsmith.quantization.budget import used
 from bitsmith.quantization.finalize import finalize
 from bitsmith.recipe.competition import Outcome
 from bitsmith.recipe.environment import environment
@@ -53,7 +55,8 @@ def deliver(
     """
     example = data.example()
     tell(Event("export", 0))
-    cost = measure(trained, example).report()
+    counted = measure(trained, example)
+    cost = counted.report() | estimates(counted, outcome.tables if outcome else ())
     plan = plan_of(trained, cost)
     if outcome is not None:
         plan = replace(plan, budget={entry["kind"]: entry for entry in outcome.budget})
@@ -98,7 +101,7 @@ def deliver(
         "winner": outcome and outcome.winner,
         "exported": exported,
         "shift": shift,
-        "cost": {**cost, "latency_us": None, "energy_uj": None},
+        "cost": cost,
         "budget": outcome.budget if outcome else [],  # none where every width was asked for
         "time": {**seconds, "export": export_seconds, "shift": shift_seconds},
     }
@@ -112,6 +115,30 @@ def deliver(
         raise mismatch
     tell(Event("report"))
     return metrics
+
+
+def estimates(cost: CostModel, tables: Sequence[CostTable]) -> dict[str, Any]:
+    """Latency in microseconds and energy in microjoules of one inference, by the target's tables or those of
+    a budget, each with its source; None where there is no table, or it does not know a pair of widths."""
+    found: dict[str, Any] = {"latency_us": None, "energy_uj": None}
+    for table in (cost.target.latency, cost.target.energy, *tables):
+        key, factor = UNITS.get(table.unit, ("", 0.0)) if table is not None else ("", 0.0)
+        if table is not None and key and found[key] is None:
+            with contextlib.suppress(BudgetError):
+                found[key] = factor * used(cost, f"table:{table.name}", cost.present, table)
+                found[key.rpartition("_")[0] + "_source"] = table.source or table.name
+    return found
+
+
+# unit of a table -> (key of metrics.json, what one unit is there)
+UNITS = {
+    "us": ("latency_us", 1.0),
+    "ms": ("latency_us", 1e3),
+    "ns": ("latency_us", 1e-3),
+    "pJ": ("energy_uj", 1e-6),
+    "nJ": ("energy_uj", 1e-3),
+    "uJ": ("energy_uj", 1.0),
+}
 
 
 def write_exports(packed: nn.Module, formats: Sequence[str], out: Path, example: Tensor) -> dict[str, Path]:

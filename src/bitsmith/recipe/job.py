@@ -109,7 +109,7 @@ def _run(
     if search is not None and start_values is not None:
         search.start_at(start_values)
     elif search is not None:
-        competition.start(search, model, data)
+        competition.start(search, model, data, recipe.train.seed)
     rounded = model if search is None else competition.nearest_rounding(search, model)
     post_training = evaluate(rounded, data.test_x, data.test_y)
     seconds["post_training"] = time.perf_counter() - started
@@ -160,7 +160,8 @@ def compete(
             winner, model, bits = "uniform", uniform, widths
     save_stage(out, "winner", model.state_dict(), {"winner": winner})
     budget = competition.budget_entries(search, bits)
-    return model, competition.Outcome(winner, facts["searched"], facts["uniform"] or None, budget)
+    tables = tuple(search.cost.tables.values())
+    return model, competition.Outcome(winner, facts["searched"], facts["uniform"] or None, budget, tables)
 
 
 def read_inputs(recipe: Recipe) -> tuple[Data, nn.Module]:
