@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitsmith.methods import Method
+from bitsmith.methods.budget_search import BudgetSearch
 from bitsmith.quantization import BitWidth, Plan, measure, plan_of, set_bits, sites
 from bitsmith.quantization.layers import weights_of
 from tests.quantization.widths import Sampled
@@ -134,6 +135,9 @@ class Sharpness(Method):
 
 
 METHODS: dict[str, Callable[[Tensor], list[Method]]] = {
+    "budget_search": lambda example: [
+        BudgetSearch({"bops": 0.02}, example, candidates=(2, 4, 8), search_share=0.7)
+    ],
     "search": lambda example: [Search(example)],
     "fractional": lambda example: [Fractional()],
     "sharpness": lambda example: [Sharpness()],

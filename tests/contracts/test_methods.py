@@ -117,7 +117,7 @@ def test_its_plan_is_committed_and_packed(model: str, method: str) -> None:
     plan = methods[0].plan() or plan_of(net)
     report = commit(net, plan)
     assert report.post_training == ()
-    assert plan_of(net) == plan
+    assert plan_of(net).sites == plan.sites
     if method != "sharpness":
         assert sum(plan.bits.values()) < 4 * len(plan.bits), "it was pressed to fewer bits"
     fixed = fixed_at(net, model, plan.bits)

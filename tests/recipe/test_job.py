@@ -52,7 +52,9 @@ def test_the_same_seed_gives_the_same_figures(recipe: Recipe, uninterrupted: Pat
     assert figures(tmp_path / "again") == figures(uninterrupted)
 
 
-@pytest.mark.parametrize(("stage", "step"), [("float", 2), ("float", 4), ("qat", 2), ("qat", 4)])
+@pytest.mark.parametrize(
+    ("stage", "step"), [("float", 2), ("float", 4), ("qat", 2), ("qat", 4), ("uniform", 2)]
+)
 def test_an_interrupted_run_ends_as_if_it_had_not_been(
     stage: str, step: int, recipe: Recipe, uninterrupted: Path, tmp_path: Path
 ) -> None:

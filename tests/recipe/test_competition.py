@@ -1,0 +1,125 @@
+"""A run that searches: its uniform competitor, who is delivered, and what the budget promises."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bitsmith.errors import BudgetError
+from bitsmith.quantization import Plan
+from bitsmith.recipe import job as job_module
+from bitsmith.recipe import load_recipe, run
+from bitsmith.recipe.reopen import export_run
+
+SETTINGS = (
+    "train.epochs=3",
+    "train.batch_size=320",
+    "float.epochs=3",
+    "export=[native]",
+    "methods.0.budget_search.search_share=0.5",
+)
+
+
+def searched(out: Path, *settings: str) -> dict[str, Any]:
+    run(load_recipe(None, [*SETTINGS, *settings]), out)
+    return json.loads((out / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("searched") / "run"
+    searched(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def metrics(finished: Path) -> dict[str, Any]:
+    return json.loads((finished / "metrics.json").read_text())
+
+
+def test_the_delivered_plan_is_within_the_budget(finished: Path, metrics: dict[str, Any]) -> None:
+    (budget,) = metrics["budget"]
+    assert budget["kind"] == "bops"
+    assert budget["limit"] == pytest.approx(0.008 * metrics["cost"]["bops_float"])
+    assert budget["used"] == metrics["cost"]["bops"] <= budget["limit"]
+    assert Plan.load(finished / "plan.json").budget["bops"]["used"] == budget["used"]
+
+
+def test_the_validation_split_decides(metrics: dict[str, Any]) -> None:
+    ahead = metrics["uniform"]["validation_accuracy"] > metrics["searched"]["validation_accuracy"]
+    assert metrics["winner"] == ("uniform" if ahead else "searched")
+    assert metrics["quantized"]["accuracy"] == metrics[metrics["winner"]]["accuracy"]
+
+
+def test_the_competitor_is_the_dearest_uniform_plan_and_trains_as_long(
+    finished: Path, metrics: dict[str, Any]
+) -> None:
+    history = json.loads((finished / "history.json").read_text())
+    assert [r["step"] for r in history["uniform"]] == [r["step"] for r in history["qat"]]
+    free = {b for site, b in metrics["uniform"]["sites"].items() if not site.startswith(("conv1", "fc"))}
+    assert free == {2}
+    assert metrics["uniform"]["cost"]["bops"] <= metrics["budget"][0]["limit"]
+
+
+def test_the_search_leaves_its_traces(finished: Path) -> None:
+    records = json.loads((finished / "history.json").read_text())["qat"]
+    traced = records[0]["methods"]
+    assert {"BudgetSearch.entropy", "BudgetSearch.temperature", "BudgetSearch.used_bops"} <= set(traced)
+    assert records[-1]["methods"]["BudgetSearch.temperature"] < traced["BudgetSearch.temperature"]
+
+
+def test_the_uniform_plan_is_delivered_where_it_is_better(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = iter([0.5, 0.9])  # what the validation split says of the searched plan, then of the uniform one
+    real = job_module.competition.standing
+
+    def standing(model: torch.nn.Module, data: Any, validation_accuracy: float) -> dict[str, Any]:
+        return real(model, data, next(stages))
+
+    monkeypatch.setattr(job_module.competition, "standing", standing)
+    metrics = searched(tmp_path / "run")
+    assert metrics["winner"] == "uniform"
+    plan = Plan.load(tmp_path / "run" / "plan.json")
+    assert plan.bits == metrics["uniform"]["sites"]
+    assert metrics["budget"][0]["used"] == metrics["uniform"]["cost"]["bops"]
+    certificate, _ = export_run(tmp_path / "run", ["native"])
+    assert certificate["exports"]["native"]["accuracy"] == pytest.approx(metrics["quantized"]["accuracy"])
+
+
+def test_a_searched_run_is_exported_again(finished: Path, metrics: dict[str, Any]) -> None:
+    before = load_file(finished / "model" / "model.safetensors")
+    certificate, _ = export_run(finished, ["native"])
+    assert certificate["exports"]["native"]["accuracy"] == pytest.approx(metrics["quantized"]["accuracy"])
+    after = load_file(finished / "model" / "model.safetensors")
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_an_impossible_budget_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match="cheapest plan costs"):
+        searched(tmp_path / "run", "methods.0.budget_search.budget={bops: 0.001}")
+    assert not (tmp_path / "run" / "checkpoints" / "float.safetensors").exists()
+
+
+def test_two_budgets_are_both_kept(tmp_path: Path) -> None:
+    metrics = searched(
+        tmp_path / "run", "methods.0.budget_search.budget={bops: 0.02, average_weight_bits: 3.2}"
+    )
+    assert {entry["kind"] for entry in metrics["budget"]} == {"bops", "average_weight_bits"}
+    assert all(entry["used"] <= entry["limit"] for entry in metrics["budget"])
+    assert metrics["cost"]["average_weight_bits"] <= 3.2
+
+
+def test_energy_is_estimated_by_the_table_of_the_budget(tmp_path: Path) -> None:
+    metrics = searched(
+        tmp_path / "run",
+        "methods.0.budget_search.budget={tables: [{table: energy_45nm, limit: 0.05}]}",
+    )
+    (budget,) = metrics["budget"]
+    assert metrics["cost"]["energy_uj"] == pytest.approx(budget["used"] * 1e-6)
+    assert "ISSCC" in metrics["cost"]["energy_source"]
+    assert metrics["cost"]["latency_us"] is None
