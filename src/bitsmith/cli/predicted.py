@@ -31,9 +31,16 @@ def show_prediction(found: dict[str, Any]) -> None:
         "average activation bits": f"{cost['average_activation_bits']:.2f}",
         "float training": f"{seconds(time['float'])} for {steps['float']} steps",
         "quantized training": f"{seconds(time['qat'])} for {steps['qat']} steps",
+        **(
+            {"uniform competitor": f"{seconds(time['uniform'])} for as many steps"}
+            if "uniform" in time
+            else {}
+        ),
         "memory": size(found["peak_memory_bytes"]),
     }
     console.print(facts("Prediction", rows))
+    if found["searches"]:
+        console.print(Text("The widths are those that the search starts from.", style="dim"))
     console.print(Text("Times were measured on a few steps; export and report come on top.", style="dim"))
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from bitsmith.quantization import measure, plan_of
+from bitsmith.recipe import competition
 from bitsmith.recipe.job import quantize, read_inputs
 from bitsmith.recipe.schema import Recipe
 from bitsmith.recipe.threads import enough_threads
@@ -40,9 +41,14 @@ def _predict(recipe: Recipe, data: Data, model: nn.Module) -> dict[str, Any]:
     if recipe.float_train is not None:
         seconds["float"] = _seconds(copy.deepcopy(model), data, recipe.float_train)
     coverage, methods = quantize(recipe, model, data)
-    cost = measure(model, data.example()).report()
-    plan = plan_of(model).to_dict()
+    search = competition.searcher(methods)
+    if search is not None:  # shown is the plan that it starts from
+        competition.start(search, model, data, recipe.train.seed)
+    plan = plan_of(model) if search is None else search.plan()
+    cost = measure(model, data.example()).report(plan.bits)
     seconds["qat"] = _seconds(model, data, recipe.train, methods=methods, teacher=teacher)
+    if search is not None:
+        seconds["uniform"] = seconds["qat"]  # its competitor takes about as long
     return {
         "version": 1,
         "model": recipe.model.name,
@@ -53,7 +59,8 @@ def _predict(recipe: Recipe, data: Data, model: nn.Module) -> dict[str, Any]:
             "test": len(data.test_x),
         },
         "target": recipe.target,
-        "sites": [{"name": name, **site} for name, site in plan["sites"].items()],
+        "searches": search is not None,
+        "sites": [{"name": name, **site} for name, site in plan.to_dict()["sites"].items()],
         "leftovers": coverage.to_dict()["leftovers"],
         "parameters": coverage.parameters,
         "quantized_share": coverage.quantized_share,
