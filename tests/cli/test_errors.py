@@ -40,7 +40,7 @@ RECIPES = {
         ["quantize.overrides.conv9.weight", "matches no site", "conv4.weight"],
     ),
     "overrides that were written for another model": (
-        ["model=digits_vit"],
+        ["quantize.overrides={conv2.*: {bits: 4}}", "model=digits_vit"],
         ["quantize.overrides.conv2.*", "matches no site", "such as", "--set quantize.overrides={}"],
     ),
     "group size that does not divide": (
@@ -51,7 +51,20 @@ RECIPES = {
         ["quantize.activations.granularity=channel"],
         ["granularity", "channel", "onnxruntime", "target: native"],
     ),
-    "method": (["methods=[budget_search]"], ["methods.0", "budget_search", "Remove it"]),
+    "method": (["methods=[budget_serch: {}]"], ["methods.0", "budget_serch", "Did you mean budget_search?"]),
+    "method without its budget": (["methods=[budget_search]"], ["methods.0.budget_search.budget", "bops"]),
+    "method option": (
+        ["methods=[budget_search: {budget: {bops: 0.1}, candidate: [2, 4]}]"],
+        ["methods.0.budget_search", "candidate", "Did you mean candidates?"],
+    ),
+    "budget that is no mapping": (["methods=[budget_search: {budget: 0.1}]"], ["budget", "{bops: 0.05}"]),
+    "candidates that are no list": (
+        ["methods.0.budget_search.candidates=4"],
+        ["budget_search.candidates", "4", "at least two widths"],
+    ),
+    "candidates out of range": (["methods.0.budget_search.candidates=[2, 9]"], ["candidates", "9", "1 to 8"]),
+    "impossible budget": (["methods.0.budget_search.budget={bops: 0.001}"], ["cheapest plan", "held up by"]),
+    "a plan and a search": (["plan=plan.json"], ["plan", "budget_search", "--set methods=[]"]),
     "two methods in one entry": (["methods=[{a: {}, b: {}}]"], ["methods.0", "a, b", "a dash"]),
     "target": (["target=onxruntime"], ["target", "onxruntime", "Did you mean onnxruntime?"]),
     "model": (["model=digit_cnn"], ["model", "digit_cnn", "digits_cnn"]),
@@ -69,7 +82,7 @@ RECIPES = {
         ["pretrained=nowhere.safetensors"],
         ["nowhere.safetensors", "no such", "Check the path"],
     ),
-    "missing plan": (["plan=nowhere.json"], ["nowhere.json", "no such plan", "Check the path"]),
+    "missing plan": (["methods=[]", "plan=nowhere.json"], ["nowhere.json", "no such plan", "Check the path"]),
 }
 
 
@@ -352,7 +365,16 @@ def test_a_damaged_file_is_one_line(
     commands = {
         "checkpoint": ["run", "--resume", "--out", run],
         "model": ["evaluate", run],
-        "plan": ["run", "--out", tmp_path / "new", *QUICK, "--set", f"plan={run / 'plan.json'}"],
+        "plan": [
+            "run",
+            "--out",
+            tmp_path / "new",
+            *QUICK,
+            "--set",
+            "methods=[]",
+            "--set",
+            f"plan={run / 'plan.json'}",
+        ],
     }
     (run / "report.html").unlink()  # so that resuming has something to do
     damage(paths[what])  # type: ignore[operator]
@@ -364,7 +386,9 @@ def test_a_damaged_file_is_one_line(
 def test_a_plan_for_another_model_names_the_site(bitsmith: Bitsmith, finished: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     plan.write_text((finished / "plan.json").read_text().replace("conv4.weight", "conv5.weight"))
-    result = bitsmith("run", "--json", "--out", tmp_path / "run", *QUICK, "--set", f"plan={plan}")
+    result = bitsmith(
+        "run", "--json", "--out", tmp_path / "run", *QUICK, "--set", "methods=[]", "--set", f"plan={plan}"
+    )
     assert_one_line(result.err, str(plan), "conv5.weight", "conv4.weight")
     assert result.code == 2
 

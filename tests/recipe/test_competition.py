@@ -43,14 +43,14 @@ def metrics(finished: Path) -> dict[str, Any]:
 def test_the_delivered_plan_is_within_the_budget(finished: Path, metrics: dict[str, Any]) -> None:
     (budget,) = metrics["budget"]
     assert budget["kind"] == "bops"
-    assert budget["limit"] == pytest.approx(0.008 * metrics["cost"]["bops_float"])
+    assert budget["limit"] == pytest.approx(0.0055 * metrics["cost"]["bops_float"])
     assert budget["used"] == metrics["cost"]["bops"] <= budget["limit"]
     assert Plan.load(finished / "plan.json").budget["bops"]["used"] == budget["used"]
 
 
 def test_the_validation_split_decides(metrics: dict[str, Any]) -> None:
-    ahead = metrics["uniform"]["validation_accuracy"] > metrics["searched"]["validation_accuracy"]
-    assert metrics["winner"] == ("uniform" if ahead else "searched")
+    ours, theirs = (metrics[name]["validation_accuracy"] for name in ("searched", "uniform"))
+    assert metrics["winner"] == ("uniform" if theirs >= ours else "searched")  # the cheaper one, at a draw
     assert metrics["quantized"]["accuracy"] == metrics[metrics["winner"]]["accuracy"]
 
 
@@ -60,7 +60,7 @@ def test_the_competitor_is_the_dearest_uniform_plan_and_trains_as_long(
     history = json.loads((finished / "history.json").read_text())
     assert [r["step"] for r in history["uniform"]] == [r["step"] for r in history["qat"]]
     free = {b for site, b in metrics["uniform"]["sites"].items() if not site.startswith(("conv1", "fc"))}
-    assert free == {2}
+    assert free == {1}
     assert metrics["uniform"]["cost"]["bops"] <= metrics["budget"][0]["limit"]
 
 

@@ -12,7 +12,7 @@ from bitsmith.cli.show import Display, output, print_json
 EXAMPLES = (
     ("bitsmith run", "handwritten digits, in under a minute"),
     ("bitsmith run recipes/weight_only.yaml --out runs/w2", "two-bit weights"),
-    ("bitsmith run --set quantize.weights.bits=2 --set train.epochs=40", "the same job with other values"),
+    ("bitsmith run --set methods.0.budget_search.budget.bops=0.01", "the same job with other values"),
     ("bitsmith run recipes/digits_vit.yaml --dry-run", "sites, cost, memory and time; nothing is trained"),
     ("bitsmith run --resume --out runs/w2", "go on where an interrupted run stopped"),
 )

@@ -263,7 +263,9 @@ def _holds(quantizer: Quantizer, bits: int, containers: Mapping[int, int]) -> bo
     return True
 
 
-def _checked(candidates: Sequence[int]) -> list[int]:
+def _checked(candidates: Any) -> list[int]:
+    if isinstance(candidates, str) or not isinstance(candidates, Sequence):
+        candidates = [candidates]
     for bits in candidates:
         if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
             raise SchemeError(

@@ -19,6 +19,7 @@ from torch import nn
 from bitsmith.methods import Method
 from bitsmith.quantization import commit
 from bitsmith.quantization.allocate import uniform_plan
+from bitsmith.quantization.budget import BudgetCost
 from bitsmith.quantization.cost_table import CostTable
 from bitsmith.quantization.sensitivity import sensitivity
 from bitsmith.recipe.schema import Recipe
@@ -74,6 +75,20 @@ def standing(model: nn.Module, data: Data, validation_accuracy: float) -> dict[s
     """How a contender stands: on the test split, and on the validation split that decides."""
     test = evaluate(model, data.test_x, data.test_y)
     return {"accuracy": test["accuracy"], "validation_accuracy": validation_accuracy}
+
+
+def is_ahead(
+    uniform: Mapping[str, Any],
+    searched: Mapping[str, Any],
+    cost: BudgetCost,
+    widths: Mapping[str, int],
+    bits: Mapping[str, int],
+) -> bool:
+    """Whether the uniform plan is delivered: better on the validation split, or as good and not dearer."""
+    ours, theirs = searched["validation_accuracy"], uniform["validation_accuracy"]
+    if ours != theirs:
+        return bool(theirs > ours)
+    return all(cost.exact(widths)[kind] <= used for kind, used in cost.exact(bits).items())
 
 
 def budget_entries(search: Any, bits: Mapping[str, int]) -> list[dict[str, Any]]:

@@ -156,7 +156,7 @@ def compete(
             "cost": search.cost.exact(widths),
             "sites": widths,
         }
-        if facts["uniform"]["validation_accuracy"] > facts["searched"]["validation_accuracy"]:
+        if competition.is_ahead(facts["uniform"], facts["searched"], search.cost, widths, bits):
             winner, model, bits = "uniform", uniform, widths
     save_stage(out, "winner", model.state_dict(), {"winner": winner})
     budget = competition.budget_entries(search, bits)

@@ -42,6 +42,13 @@ def parse_recipe(document: Mapping[str, Any], source: str = "recipe") -> Recipe:
     except BitsmithError as error:
         raise relocated(error, f"{source}, {error.where}") from None
     check_methods(recipe.methods, source)
+    if recipe.plan is not None and any("budget_search" in entry for entry in recipe.methods):
+        raise RecipeError(
+            "a plan fixes every width, so that budget_search has none left",
+            where=f"{source}, plan",
+            got=recipe.plan,
+            remedy="Drop one of them, for example by --set methods=[]",
+        )
     return recipe
 
 

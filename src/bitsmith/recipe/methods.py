@@ -63,6 +63,18 @@ def check_methods(entries: Sequence[dict[str, dict[str, Any]]], source: str) -> 
                     expected=f"one of {listing(known)}" if known else "no options",
                     remedy=f"Did you mean {near[0]}?" if near else "Remove it",
                 )
+        _check_required(method_class(name), options, f"{where}.{name}")
+
+
+def _check_required(kind: Callable[..., Method], options: dict[str, Any], where: str) -> None:
+    """Refuse a method that lacks an option without a default. Raises RecipeError."""
+    for key, parameter in inspect.signature(kind).parameters.items():
+        if parameter.default is parameter.empty and key not in options and key != "example":
+            raise RecipeError(
+                "this option must be given",
+                where=f"{where}.{key}",
+                expected="a budget, such as {bops: 0.05}" if key == "budget" else "a value",
+            )
 
 
 def build_methods(entries: Sequence[dict[str, dict[str, Any]]], example: Tensor) -> list[Method]:
