@@ -50,7 +50,7 @@ format: $(READY) ## rewrite the sources as `make lint` wants them
 docs: $(READY)   ## rewrite the generated pages
 	$(BIN)/python docs/generate.py
 
-bench: $(READY)  ## one benchmark: make bench NAME=accuracy|cifar10|overhead
+bench: $(READY)  ## one benchmark: make bench NAME=accuracy|budget_search|cifar10|overhead|search_step
 	$(BIN)/python benchmarks/$(NAME).py $(ARGS)
 
 clean:           ## remove .venv and caches (runs/ stays)
