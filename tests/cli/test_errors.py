@@ -39,10 +39,6 @@ RECIPES = {
         ['quantize.overrides={"conv9.weight": {bits: 4}}'],
         ["quantize.overrides.conv9.weight", "matches no site", "conv4.weight"],
     ),
-    "overrides that were written for another model": (
-        ["quantize.overrides={conv2.*: {bits: 4}}", "model=digits_vit"],
-        ["quantize.overrides.conv2.*", "matches no site", "such as", "--set quantize.overrides={}"],
-    ),
     "group size that does not divide": (
         ["quantize.overrides={fc.weight: {granularity: group, group_size: 5}}"],
         ["fc.weight", "groups of 5", "group_size 2, 4, 8 or 16"],
@@ -51,21 +47,6 @@ RECIPES = {
         ["quantize.activations.granularity=channel"],
         ["granularity", "channel", "onnxruntime", "target: native"],
     ),
-    "method": (["methods=[budget_serch: {}]"], ["methods.0", "budget_serch", "Did you mean budget_search?"]),
-    "method without its budget": (["methods=[budget_search]"], ["methods.0.budget_search.budget", "bops"]),
-    "method option": (
-        ["methods=[budget_search: {budget: {bops: 0.1}, candidate: [2, 4]}]"],
-        ["methods.0.budget_search", "candidate", "Did you mean candidates?"],
-    ),
-    "budget that is no mapping": (["methods=[budget_search: {budget: 0.1}]"], ["budget", "{bops: 0.05}"]),
-    "candidates that are no list": (
-        ["methods.0.budget_search.candidates=4"],
-        ["budget_search.candidates", "4", "at least two widths"],
-    ),
-    "candidates out of range": (["methods.0.budget_search.candidates=[2, 9]"], ["candidates", "9", "1 to 8"]),
-    "impossible budget": (["methods.0.budget_search.budget={bops: 0.001}"], ["cheapest plan", "held up by"]),
-    "a plan and a search": (["plan=plan.json"], ["plan", "budget_search", "--set methods=[]"]),
-    "two methods in one entry": (["methods=[{a: {}, b: {}}]"], ["methods.0", "a, b", "a dash"]),
     "target": (["target=onxruntime"], ["target", "onxruntime", "Did you mean onnxruntime?"]),
     "model": (["model=digit_cnn"], ["model", "digit_cnn", "digits_cnn"]),
     "model argument": (["model.arguments.clases=3"], ["digits_cnn", "clases", "classes"]),
@@ -82,7 +63,6 @@ RECIPES = {
         ["pretrained=nowhere.safetensors"],
         ["nowhere.safetensors", "no such", "Check the path"],
     ),
-    "missing plan": (["methods=[]", "plan=nowhere.json"], ["nowhere.json", "no such plan", "Check the path"]),
 }
 
 

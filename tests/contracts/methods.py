@@ -136,7 +136,7 @@ class Sharpness(Method):
 
 METHODS: dict[str, Callable[[Tensor], list[Method]]] = {
     "budget_search": lambda example: [
-        BudgetSearch({"bops": 0.02}, example, candidates=(2, 4, 8), search_share=0.7)
+        BudgetSearch({"bops": 0.012}, example, candidates=(2, 4, 8), search_share=0.7)
     ],
     "search": lambda example: [Search(example)],
     "fractional": lambda example: [Fractional()],

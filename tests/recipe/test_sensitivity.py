@@ -128,7 +128,7 @@ def test_an_impossible_budget_is_found_before_training(recipe: Recipe, tmp_path:
     corrected = load_recipe(None, [*QUICK, "float.epochs=1"])  # the directory is as good as new
     assert analyse(corrected, tmp_path / "out", top=0)["budget"]
     with pytest.raises(SchemeError, match="stores none of these widths"):
-        analyse(load_recipe(None, [*QUICK, "methods=[{budget_search: {candidates: [9]}}]"]), tmp_path / "o")
+        analyse(load_recipe(None, [*QUICK, "methods.0.budget_search.candidates=[9]"]), tmp_path / "o")
 
 
 def test_an_interrupted_float_training_goes_on(recipe: Recipe, out: Path, tmp_path: Path) -> None:
