@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bitsmith.export import to_onnx as to_onnx
     from bitsmith.export import verify as verify
     from bitsmith.methods import Method as Method
+    from bitsmith.methods.budget_search import BudgetSearch as BudgetSearch
     from bitsmith.quantization import Budget as Budget
     from bitsmith.quantization import MatMul as MatMul
     from bitsmith.quantization import Plan as Plan
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BitsmithError",
     "Budget",
+    "BudgetSearch",
     "MatMul",
     "Method",
     "Plan",
@@ -65,6 +67,7 @@ HOMES = {
     "errors": ("BitsmithError",),
     "export": ("load", "save", "to_onnx", "verify"),
     "methods": ("Method",),
+    "methods.budget_search": ("BudgetSearch",),
     "quantization": (
         "Budget",
         "MatMul",

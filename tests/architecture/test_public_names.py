@@ -13,6 +13,7 @@ from tests.architecture.package import PACKAGE, tree
 NAMES = [
     "BitsmithError",
     "Budget",
+    "BudgetSearch",
     "MatMul",
     "Method",
     "Plan",

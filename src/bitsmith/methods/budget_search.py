@@ -13,9 +13,9 @@ expectation, free of sampling noise, so that lambda is equal on all ranks. What 
 the argmax: `allocate` finds the most likely plan that the budget allows, so it is never exceeded.
 
 Differences from the paper's description. (1) The search is short: each undecided step trains weights for
-widths that they will not have. (2) So it starts
-from what one backward per batch knows (`start_at`, from quantization.sensitivity), not from uniform logits.
-`search_share: 1.0` without `start_at` is the description's own loop.
+widths that they will not have. (2) So it starts from what one backward per batch knows (`start_at`, from
+quantization.sensitivity), not from uniform logits. `search_share: 1.0` without `start_at` is the
+description's own loop.
 """
 
 from __future__ import annotations
