@@ -129,8 +129,8 @@ class _FakeQuantize(torch.autograd.Function):
         else:
             error = (y - x).div_(s)
             # hardtanh's backward is the one operator that masks by a range in one pass
-            gm = torch.ops.aten.hardtanh_backward(g, error, -reach - EDGE, reach + EDGE)
-            d_exponent = _sum_to(g, y, s) - _sum_to(gm, y if clip_only else x, s) if learned else None
+            gm = torch.ops.aten.hardtanh_backward.default(g, error, -reach - EDGE, reach + EDGE)
+            d_exponent = _difference(g, y, gm, y if clip_only else x, s) if learned else None
 
         d_scale = d_zero_point = None
         if d_exponent is not None:
@@ -184,6 +184,13 @@ def _sum_to(a: Tensor, b: Tensor | None, like: Tensor) -> Tensor:
             count = a.numel()  # in the order of memory
             return torch.dot(a.as_strided((count,), (1,)), b.as_strided((count,), (1,))).view(like.shape)
     return (a if b is None else a * b).sum_to_size(like.shape)
+
+
+def _difference(a: Tensor, b: Tensor, c: Tensor, d: Tensor, like: Tensor) -> Tensor:
+    """sum of a * b - c * d over the axes along which ``like`` is broadcast."""
+    if like.numel() > 1 and a.dtype == d.dtype:
+        return (a * b).addcmul_(c, d, value=-1).sum_to_size(like.shape)
+    return _sum_to(a, b, like) - _sum_to(c, d, like)
 
 
 def _sum_by_parts(a: Tensor, like: Tensor) -> Tensor:
