@@ -187,6 +187,7 @@ def test_the_energy_table_holds_the_published_figures() -> None:
         ({"version": 2}, "t"),
         ({"nam": "x"}, "t: nam"),
         ({"unit": ""}, "t: unit"),
+        ({"name": "board.v2"}, "t: name"),
         ({"entries": []}, "t: entries"),
         ({"entries": [{"weight_bits": 9, "activation_bits": 8, "per_mac": 1}]}, "t: entries.0.weight_bits"),
         ({"entries": [{"weight_bits": 8, "activation_bits": 8}]}, "t: entries.0"),

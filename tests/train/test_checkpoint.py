@@ -73,6 +73,17 @@ def test_a_flipped_byte_is_found(tmp_path: Path, position: float) -> None:
     assert str(error.value).startswith(str(path))
 
 
+@pytest.mark.parametrize("word", [b"sha256", b"format", b"kind", b"version"])
+def test_a_damaged_mark_is_found(tmp_path: Path, word: bytes) -> None:
+    """The order of a file's marks is not fixed, so that a flipped byte may hit any of them."""
+    path = written(tmp_path)
+    content = path.read_bytes()
+    assert content.count(b'"' + word + b'"') == 1
+    path.write_bytes(content.replace(b'"' + word + b'"', b'"' + word[:-1] + b'~"'))
+    with pytest.raises(FormatError):
+        load_checkpoint(path, FINGERPRINT)
+
+
 @pytest.mark.parametrize("share", [0, 0.05, 0.5, 0.99])
 def test_a_truncated_file_is_found(tmp_path: Path, share: float) -> None:
     path = written(tmp_path)

@@ -111,6 +111,13 @@ class CostTable:
                 raise FormatError(
                     "a cost table needs this as text", where=f"{where}: {key}", got=repr(value.get(key))
                 )
+        if "." in value["name"]:  # traces and buffers are named after it
+            raise FormatError(
+                "the name of a cost table has no dots",
+                where=f"{where}: name",
+                got=value["name"],
+                remedy=f"Write {value['name'].replace('.', '_')}",
+            )
         lines = value.get("entries")
         if not isinstance(lines, list) or not lines:
             raise FormatError(

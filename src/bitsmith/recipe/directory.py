@@ -119,7 +119,7 @@ def load_stage(out: Path, stage: str) -> tuple[dict[str, Tensor], dict[str, Any]
     path = stage_path(out, stage)
     if not path.exists():
         return None
-    tensors, metadata = load_tensors(path, "checkpoint")
+    tensors, metadata = load_tensors(path, "checkpoint", mark="bitsmith_stage")
     if metadata.get("bitsmith_stage") != stage:
         raise FormatError(
             "this is not a checkpoint of ours",

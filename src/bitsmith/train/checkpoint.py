@@ -70,7 +70,7 @@ def save_checkpoint(path: Path, state: dict[str, Any], fingerprint: dict[str, An
 
 def load_checkpoint(path: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
     """The state in ``path``. FormatError for a damaged or foreign file, RecipeError for other settings."""
-    tensors, metadata = load_tensors(path, "checkpoint")
+    tensors, metadata = load_tensors(path, "checkpoint", mark="kind")
     if metadata.get("kind") != KIND:
         raise FormatError(
             "this is not a training checkpoint of ours",
