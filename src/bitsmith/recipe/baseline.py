@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from bitsmith.errors import FormatError, RecipeError
-from bitsmith.files import directory_lock, write_atomic
-from bitsmith.recipe.directory import dump, stage_path
+from bitsmith.files import write_atomic
+from bitsmith.recipe.directory import BEFORE_WORK, dump, hold, stage_path
 from bitsmith.recipe.job import train_float
 from bitsmith.recipe.load import load_recipe
 from bitsmith.recipe.progress import Progress
@@ -37,8 +37,8 @@ def open_baseline(out: Path, recipe: Recipe) -> Iterator[Path]:
         raise RecipeError(
             "this is a file, not a directory", where=f"--out {out}", remedy="Choose another --out"
         )
-    with directory_lock(out):
-        begun = {path.name for path in out.iterdir()} - {"recipe.yaml", ".lock"}  # beyond being refused
+    with hold(out):
+        begun = {path.name for path in out.iterdir()} - BEFORE_WORK
         if begun and (out / "recipe.yaml").exists():
             _same_baseline(out, recipe)
         elif stage_path(out, "float").exists():
