@@ -189,7 +189,7 @@ def _schemes(
                 "this pattern matches no site",
                 where=f"overrides.{pattern}",
                 remedy=f"Name a site of this model, such as {listing(close or list(schemes)[:3])}, or remove "
-                "the pattern (all of them: --set quantize.overrides={})",
+                "the pattern",
             )
         for name in matched:
             default = Scheme(bits=FLOAT) if schemes[name] is None else schemes[name]

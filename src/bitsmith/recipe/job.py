@@ -220,7 +220,8 @@ def prepare_sites(
         if plan is not None and site in plan.sites:
             raise relocated(error, f"{recipe.plan}: sites.{site}") from None
         if error.where.startswith("overrides."):
-            raise relocated(error, f"quantize.{error.where}") from None
+            every = " (all of them: --set quantize.overrides={})"
+            raise relocated(error, f"quantize.{error.where}", every) from None
         raise
     methods = build_methods(recipe.methods, example)
     for method in methods:
