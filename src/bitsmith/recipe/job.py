@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitsmith.errors import BudgetError, SiteError
+from bitsmith.errors import BudgetError, SiteError, TargetError
 from bitsmith.files import read_json, write_json
 from bitsmith.methods import Method
 from bitsmith.quantization import (
@@ -34,6 +34,7 @@ from bitsmith.quantization import (
 from bitsmith.recipe import competition
 from bitsmith.recipe.deliver import deliver
 from bitsmith.recipe.directory import load_stage, open_run, save_stage, stage_path
+from bitsmith.recipe.limits import search_options
 from bitsmith.recipe.methods import build_methods
 from bitsmith.recipe.progress import Event, Progress, silent
 from bitsmith.recipe.schema import Recipe, relocated
@@ -202,9 +203,12 @@ def quantize(recipe: Recipe, model: nn.Module, data: Data) -> tuple[Coverage, li
 
 
 def prepare_sites(
-    recipe: Recipe, model: nn.Module, plan: Plan | None, example: Tensor
+    recipe: Recipe, model: nn.Module, plan: Plan | None, example: Tensor, *, check_pairs: bool = True
 ) -> tuple[Coverage, list[Method]]:
-    """Make the sites of ``recipe``, with a plan's widths where there is one, and attach its methods."""
+    """Make the sites of ``recipe``, with a plan's widths where there is one, and attach its methods.
+
+    check_pairs: whether these widths are final; never where a search of the recipe's decides them.
+    """
     spec = recipe.quantize
     try:
         coverage = prepare(
@@ -214,7 +218,12 @@ def prepare_sites(
             overrides=spec.overrides | (_planned(plan) if plan is not None else {}),
             target=recipe.target,
             first_last_bits=spec.first_last_bits,
+            check_pairs=check_pairs and search_options(recipe) is None,
         )
+    except TargetError as error:
+        if plan is not None:
+            raise relocated(error, f"{recipe.plan}: {error.where}") from None
+        raise
     except SiteError as error:
         site = error.where.removeprefix("overrides.")
         if plan is not None and site in plan.sites:
