@@ -35,7 +35,13 @@ def test_a_search_starts_from_any_widths_and_ends_at_listed_pairs(tmp_path: Path
 
 
 def fixed(**changes: Any) -> list[str]:
-    settings = {"train.epochs": 1, "float.epochs": 1, "train.batch_size": 640, "export": "[native]", **changes}
+    settings = {
+        "train.epochs": 1,
+        "float.epochs": 1,
+        "train.batch_size": 640,
+        "export": "[native]",
+        **changes,
+    }
     return [f"{key}={value}" for key, value in settings.items()]
 
 

@@ -19,6 +19,7 @@ from bitsmith.files import write_atomic
 from bitsmith.recipe.directory import BEFORE_WORK, dump, hold, stage_path
 from bitsmith.recipe.job import train_float
 from bitsmith.recipe.load import load_recipe
+from bitsmith.recipe.paths import whole
 from bitsmith.recipe.progress import Progress
 from bitsmith.recipe.schema import Recipe
 from bitsmith.recipe.threads import enough_threads
@@ -66,7 +67,7 @@ def _same_baseline(out: Path, recipe: Recipe) -> None:
 
 
 def _deciding(recipe: Recipe) -> dict[str, Any]:
-    found = recipe.to_dict()
+    found = whole(recipe.to_dict())
     flat: dict[str, Any] = {"train.seed": recipe.train.seed}
     for key in DECIDING:
         section = found[key]

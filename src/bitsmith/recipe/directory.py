@@ -20,6 +20,7 @@ from torch import Tensor
 from bitsmith.errors import FormatError, RecipeError
 from bitsmith.files import directory_lock, load_tensors, save_tensors, write_atomic
 from bitsmith.recipe.load import load_recipe
+from bitsmith.recipe.paths import whole
 from bitsmith.recipe.schema import Recipe
 
 RUNS = Path("runs")
@@ -77,13 +78,13 @@ def _taken(out: Path, what: str, remedy: str) -> RecipeError:
 
 
 def dump(recipe: Recipe) -> str:
-    """The resolved recipe as YAML."""
-    return yaml.safe_dump(recipe.to_dict(), sort_keys=False, default_flow_style=None, width=100)
+    """The resolved recipe as YAML, with whole paths: it will be read from another folder."""
+    return yaml.safe_dump(whole(recipe.to_dict()), sort_keys=False, default_flow_style=None, width=100)
 
 
 def _same_recipe(path: Path, recipe: Recipe) -> None:
     """A resumed run may not change what was asked. Raises RecipeError naming the first key that differs."""
-    before, now = _flat(load_recipe(path).to_dict()), _flat(recipe.to_dict())
+    before, now = (_flat(whole(one.to_dict())) for one in (load_recipe(path), recipe))
     for key in [*before, *now]:
         if before.get(key) != now.get(key):
             raise RecipeError(
