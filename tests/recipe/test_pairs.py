@@ -1,4 +1,4 @@
-"""Recipes for a target that multiplies some pairs of widths alone: a search keeps to them, others are refused."""
+"""Recipes for a target that multiplies some pairs of widths alone: searched within them, refused outside."""
 
 import json
 from pathlib import Path

@@ -48,8 +48,8 @@ def open_run(out: Path, recipe: Recipe, resume: bool) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def hold(out: Path) -> Iterator[None]:
-    """Hold ``out`` for this process, made where it is not there. An error that comes before any work was saved
-    takes away what was made: the folders, the recipe and the lock. What was there already is left alone."""
+    """Hold ``out`` for this process, made where it is not there. An error that comes before any work was
+    saved takes away what was made: the folders, the recipe and the lock; what was there stays as it was."""
     made = [path for path in (out, *out.parents) if not path.exists()]
     kept = {path.name for path in out.iterdir()} if not made else set()
     with directory_lock(out):

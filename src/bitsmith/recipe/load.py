@@ -51,7 +51,7 @@ def parse_recipe(document: Mapping[str, Any], source: str = "recipe") -> Recipe:
             "a plan fixes every width, so that budget_search has none left",
             where=f"{source}, plan",
             got=recipe.plan,
-            remedy="Drop one of them, for example by --set methods=[]",
+            remedy="To train this plan, add --set methods=[]; to search, leave the plan out",
         )
     return recipe
 

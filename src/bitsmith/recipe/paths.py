@@ -1,8 +1,8 @@
 """Where the files lie that a recipe names: data, weights, target, plan and cost tables.
 
 A relative path in a recipe's file is meant from that file's folder, so that a recipe and its files move
-together; one that `--set` gives is meant from the current directory, as everything typed there. A saved recipe
-holds whole paths, as its folder is another one.
+together; one that `--set` gives is meant from the current directory, as everything typed there. A saved
+recipe holds whole paths, as its folder is another one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _whole(path: str) -> str:
 
 
 def _with_paths(document: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
-    """``document`` with its paths changed. Values that are not what they should be are left for the checks."""
+    """``document`` with its paths changed. Values that are not what they should be are left to the checks."""
 
     def path(value: Any) -> Any:
         return change(value) if isinstance(value, str) else value

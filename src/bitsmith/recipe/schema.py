@@ -51,8 +51,8 @@ def alias(field: str | None) -> str:
 
 
 def relocated(error: BitsmithError, where: str, also: str = "") -> BitsmithError:
-    """``error`` again, at another place, its remedy followed by ``also``: whoever calls knows more about where,
-    and what a recipe can do, than whoever found it."""
+    """``error`` again, at another place, its remedy followed by ``also``: whoever calls knows more about
+    where, and what a recipe can do, than whoever found it."""
     remedy = error.remedy + also
     return type(error)(error.what, where=where, got=error.got, expected=error.expected, remedy=remedy)
 
