@@ -116,9 +116,9 @@ def _run(
     seconds["post_training"] = time.perf_counter() - started
     tell(Event("post_training", values={"test accuracy": post_training["accuracy"]}))
 
-    history["qat"], seconds["qat"] = train_quantized(
-        "qat", recipe, model, methods, float_model, data, out, tell
-    )
+    facts = train_quantized("qat", recipe, model, methods, float_model, data, out, tell)
+    history["qat"], seconds["qat"] = facts["history"], facts["seconds"]
+    history["traces"] = facts.get("traces", [])  # not in stages of before they were kept
     outcome = None
     if search is not None:
         model, outcome = compete(recipe, search, float_model, model, data, out, history, seconds, tell)
@@ -148,9 +148,8 @@ def compete(
     else:
         uniform = copy.deepcopy(float_model)
         _, methods = quantize(other, uniform, data)
-        history["uniform"], seconds["uniform"] = train_quantized(
-            "uniform", other, uniform, methods, float_model, data, out, tell
-        )
+        trained = train_quantized("uniform", other, uniform, methods, float_model, data, out, tell)
+        history["uniform"], seconds["uniform"] = trained["history"], trained["seconds"]
         facts["uniform"] = {
             "bits": competition.describe_uniform(widths, search),
             **competition.standing(uniform, data, _validation(uniform, data)),
@@ -256,9 +255,10 @@ def train_quantized(
     data: Data,
     out: Path,
     tell: Progress,
-) -> tuple[list[dict[str, Any]], float]:
+) -> dict[str, Any]:
     """A stage of quantization-aware training with BatchNorm re-estimation, in place. Where a method decided
-    the widths, the model is left as its plan would have prepared it."""
+    the widths, the model is left as its plan would have prepared it. Returns plain facts, with its history
+    and seconds."""
     found = load_stage(out, stage)
     facts = found[1] if found else None
     if facts is None:
@@ -276,7 +276,7 @@ def train_quantized(
         save_stage(out, stage, model.state_dict(), facts)
         stage_path(out, f"{stage}_training").unlink(missing_ok=True)
     tell(Event(stage, values={"validation accuracy": facts["validation_accuracy"]}))
-    return facts["history"], facts["seconds"]
+    return facts
 
 
 def _finished(stage: str, model: nn.Module, out: Path) -> dict[str, Any] | None:
@@ -328,6 +328,7 @@ def _train(
     model.cpu()  # all that follows is quick; only training is worth a GPU
     return {
         "history": result.history,
+        "traces": result.traces,
         "seconds": result.seconds,
         "precision": result.precision,
         "device": result.device,
