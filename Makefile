@@ -11,7 +11,7 @@ ARGS   ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test slow smoke lint format docs bench clean
+.PHONY: help setup demo test slow smoke lint format docs picture bench clean
 .DEFAULT_GOAL := help
 
 help:            ## this list
@@ -49,6 +49,9 @@ format: $(READY) ## rewrite the sources as `make lint` wants them
 
 docs: $(READY)   ## rewrite the generated pages
 	$(BIN)/python docs/generate.py
+
+picture: $(READY)  ## docs/images/report.png anew, from a default run; needs Chromium
+	$(BIN)/python docs/picture.py
 
 bench: $(READY)  ## one benchmark: make bench NAME=accuracy|budget_search|cifar10|overhead|search_step
 	$(BIN)/python benchmarks/$(NAME).py $(ARGS)

@@ -32,6 +32,10 @@ refused with the nearest known name. `--set` changes one value: `bitsmith run my
 may need. The resolved recipe is saved in the run directory as `recipe.yaml`, and running that file again gives the
 same result.
 
+Relative paths in a recipe's file (`npz:` and `folder:` data, `pretrained`, `plan`, a target's or a table's `.json`) are
+meant from that file's folder, so that a recipe and its files can be moved together; paths given by `--set` are meant
+from the current directory.
+
 This page is generated from the schema (`make docs`).
 
 ## The default
@@ -142,6 +146,9 @@ trained), and the codes that are trained are the codes that are exported.
 
 Bits in the file: a width that a format does not have is stored in the next wider container, exactly; the cost counts
 the container. Activations may have any width from 1 to 8 with every target; they are never stored.
+
+These targets are built in. A device of your own is described in a JSON file, which is named wherever a target is: see
+[Targets of your own](custom_targets.md).
 
 This page is generated from `quantization/target.py` (`make docs`).
 """

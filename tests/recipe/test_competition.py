@@ -69,6 +69,9 @@ def test_the_search_leaves_its_traces(finished: Path) -> None:
     traced = records[0]["methods"]
     assert {"BudgetSearch.entropy", "BudgetSearch.temperature", "BudgetSearch.used_bops"} <= set(traced)
     assert records[-1]["methods"]["BudgetSearch.temperature"] < traced["BudgetSearch.temperature"]
+    steps = [row["step"] for row in json.loads((finished / "history.json").read_text())["traces"]]
+    assert steps == list(range(1, len(steps) + 1))
+    assert 1 <= len(steps) < records[-1]["step"]
 
 
 def test_the_uniform_plan_is_delivered_where_it_is_better(

@@ -6,7 +6,7 @@ from typing import Any
 
 from tests.report.runs import build_run, history, write
 
-DECIDED = 5  # epochs of the search; the run has 20
+DECIDED = 80  # steps of the search; the run has 400
 
 
 def build_searched(
@@ -51,8 +51,7 @@ def build_searched(
     for site in coverage["sites"]:  # as prepared: 4 bits, the ends 8
         site["bits"] = 8 if site["bits"] == 8 else 4
     traces = json.loads((run / "history.json").read_text())
-    for epoch, record in enumerate(traces["qat"]):
-        record["methods"] = scalars(min(epoch, DECIDED - 1), kinds)
+    traces["traces"] = [{"step": step, **scalars(step, kinds)} for step in range(1, DECIDED + 1)]
     if uniform:
         traces["uniform"] = history(20, 0.6, delivered - lead, 7)
     for name, value in (("plan", plan), ("coverage", coverage), ("history", traces)):
@@ -60,13 +59,11 @@ def build_searched(
     return run
 
 
-def scalars(epoch: int, kinds: tuple[str, ...]) -> dict[str, float]:
-    """As train.run records them of BudgetSearch; they stand still once the widths are decided."""
-    found = {
-        "BudgetSearch.entropy": 0.62 * 0.5**epoch,
-        "BudgetSearch.temperature": 0.3 ** ((epoch + 1) / DECIDED),
-    }
+def scalars(step: int, kinds: tuple[str, ...]) -> dict[str, float]:
+    """As train.traces records them of BudgetSearch while it searches."""
+    done = step / DECIDED
+    found = {"BudgetSearch.entropy": 0.62 * 0.05**done, "BudgetSearch.temperature": 0.3**done}
     for index, kind in enumerate(kinds):
-        found[f"BudgetSearch.multiplier_{kind}"] = 1.4 - 0.1 * epoch - 0.4 * index
-        found[f"BudgetSearch.used_{kind}"] = 1.31 - 0.08 * epoch + 0.02 * index
+        found[f"BudgetSearch.multiplier_{kind}"] = 1.4 - 0.5 * done - 0.4 * index
+        found[f"BudgetSearch.used_{kind}"] = 1.31 - 0.4 * done + 0.02 * index
     return found

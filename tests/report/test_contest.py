@@ -47,7 +47,7 @@ def test_a_uniform_plan_that_won_is_said_to_be_what_was_delivered(tmp_path: Path
         "for the searched plan on validation, which decided"
     )
     assert "All figures below are the uniform plan's." in text
-    assert "What was given up" not in write_report(run).read_text()
+    assert "Where bits were saved" not in write_report(run).read_text()
 
 
 def test_a_test_set_that_disagrees_is_not_hidden(tmp_path: Path) -> None:
@@ -64,6 +64,15 @@ def test_a_draw_and_a_hair(tmp_path: Path) -> None:
     )
     change(run, uniform={"validation_accuracy": 0.9699})
     assert "(less than 0.1 points ahead)" in said(run)
+
+
+def test_a_uniform_plan_that_drew_is_delivered_as_the_cheaper_one(tmp_path: Path) -> None:
+    run = build_searched(tmp_path / "run", winner="uniform")
+    change(run, searched={"validation_accuracy": 0.97}, uniform={"validation_accuracy": 0.97})
+    assert said(run).startswith(
+        f"The uniform 3{S}×{S}3-bit plan drew, costs no more and was delivered: 97.0{S}% against as much "
+        "for the searched plan"
+    )
 
 
 def test_a_search_without_a_competitor_says_so(tmp_path: Path) -> None:
@@ -86,7 +95,7 @@ def test_a_run_without_a_search_says_nothing_of_a_contest(tmp_path: Path) -> Non
     run = build_run(tmp_path / "run")
     assert contest.result(read_run(run)) is None
     page = write_report(run).read_text()
-    for word in ("searched", "Searched", "Uniform", "plan won", "given up", "Price of the budget"):
+    for word in ("searched", "Searched", "Uniform", "plan won", "bits were saved", "Price of the budget"):
         assert word not in page.partition("<body>")[2]
 
 

@@ -50,15 +50,15 @@ def plain(lines: list[str]) -> str:
 
 def test_a_uniform_plan_that_is_better_is_said_plainly() -> None:
     assert plain(verdicts(DOMINATED)) == (
-        "At 2.1 M BOPs the uniform 2 x 2 plan is better by 0.4 points than the plan searched within 3.0 % "
-        "(97.8 % against 97.4 % at 2.9 M BOPs)."
+        "At 2.10 M BOPs the uniform 2 x 2 plan is better by 0.4 points than the plan searched within 3.0 % "
+        "(97.8 % against 97.4 % at 2.90 M BOPs)."
     )
 
 
 def test_a_uniform_plan_that_is_as_accurate_is_said_once() -> None:
     found = sweep((0.05, (4.9e6, 0.98), ("2 x 2", 2e6, 0.98)), (0.03, (2.9e6, 0.98), ("2 x 2", 2e6, 0.98)))
     assert plain(verdicts(found)) == (
-        "At 2.0 M BOPs the uniform 2 x 2 plan is as accurate (98.0 %) and no dearer than what was searched "
+        "At 2.00 M BOPs the uniform 2 x 2 plan is as accurate (98.0 %) and no dearer than what was searched "
         "within 5.0 % and 3.0 %."
     )
     assert [spot.budgets for spot in spots(found)] == [(0.05,), (0.03,), (0.05, 0.03)]
@@ -82,7 +82,7 @@ def test_the_page_draws_every_plan_and_marks_what_is_dominated(tmp_path: Path) -
     assert "http" not in page.replace("http-equiv", "")
     text = Document(page).text.replace(words.SPACE, " ")
     assert "better by 0.4 points" in text
-    assert "98.0 % at 4.9 M BOPs" in text
+    assert "98.0 % at 4.90 M BOPs" in text
     assert "360 test images" in text
     assert page.count("hollow") >= 2  # the plan within 3 %, and 4 x 4 which 2 x 2 beats
     for label in ("5.0 %", "3.0 %", "4 x 4", "2 x 2", "float"):
@@ -92,14 +92,14 @@ def test_the_page_draws_every_plan_and_marks_what_is_dominated(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("kind", "unit", "text"),
     [
-        ("weight_bytes", None, "4.9 MB"),
+        ("weight_bytes", None, "4.90 MB"),
         ("average_weight_bits", None, "bits"),
-        ("table:energy", "pJ", "4.9 MpJ"),
+        ("table:energy", "pJ", "4.90 MpJ"),
     ],
 )
 def test_costs_carry_their_unit(kind: str, unit: str | None, text: str) -> None:
     page = Document(render({**DOMINATED, "kind": kind, "unit": unit})).text.replace(words.SPACE, " ")
-    assert text in page.replace("4.9 M pJ", "4.9 MpJ")
+    assert text in page.replace("4.90 M pJ", "4.90 MpJ")
 
 
 def test_one_point_alone_can_be_drawn() -> None:

@@ -216,3 +216,17 @@ def test_what_quantization_lost_is_shown_first(tmp_path: Path) -> None:
     shown = [int(number) for number in re.findall(r"test image (\d+),", report(run))]
     assert sorted(shown) == sorted(found.image_rows)
     assert set(shown[: len(lost)]) == set(lost)
+
+
+def test_few_misread_images_share_their_column(tmp_path: Path) -> None:
+    few, many = (
+        report(build_run(tmp_path / name, accuracy=(right, 0.9, right)))
+        for name, right in (("few", 0.98), ("many", 0.9))
+    )
+    column = '<div class="stack"><section class="card"><h2>Misread images</h2>'
+    assert column in few
+    assert "<h2>Time</h2>" in few[few.index(column) :].split("</div></div>")[0]
+    assert column not in many
+    for page in (few, many):
+        for title in ("Confusion", "Misread images", "Accuracy under shift", "Time", "Certificate", "Recipe"):
+            assert page.count(f"<h2>{title}</h2>") == 1

@@ -22,25 +22,25 @@ def rewrite(run: Path, file: str, change: object) -> None:
 
 def test_the_traces_end_at_the_decision(tmp_path: Path) -> None:
     drawn = search.traces(read_run(build_searched(tmp_path / "run")))
-    assert f"up to epoch {DECIDED} of 20" in drawn
-    assert "the other 15 epochs trained at exactly these" in drawn
-    assert drawn.count(">decided</text>") == 4
-    epochs = [int(x) for x in re.findall(r"entropy, epoch (\d+):", drawn)]
-    assert epochs == list(range(1, DECIDED + 1))
+    assert f"for {DECIDED} of 400 steps" in drawn
+    assert "the other 320 steps trained at exactly these" in drawn
+    assert drawn.count(">decided</text>") == drawn.count(">optimizer step</text>") == 4
+    curves = re.findall(r'<polyline points="([^"]*)"', drawn)
+    assert [len(curve.split()) for curve in curves if len(curve.split()) > 2] == [DECIDED] * 4
     assert drawn.count(">budget</text>") == 1
 
 
 def test_the_decided_plan_continues_the_cost_only_where_it_was_delivered(tmp_path: Path) -> None:
-    assert "decided plan, epoch 7: 98." in search.traces(read_run(build_searched(tmp_path / "won")))
+    assert "decided plan from 98." in search.traces(read_run(build_searched(tmp_path / "won")))
     lost = build_searched(tmp_path / "lost", winner="uniform")
     assert "decided plan" not in search.traces(read_run(lost))
 
 
-def test_a_search_up_to_the_last_epoch_is_decided_there(tmp_path: Path) -> None:
+def test_a_search_up_to_the_last_step_is_decided_there(tmp_path: Path) -> None:
     run = build_searched(tmp_path / "run")
-    rewrite(run, "history.json", lambda value: value.update(qat=value["qat"][:DECIDED]))
+    rewrite(run, "history.json", lambda value: value.update(qat=value["qat"][: DECIDED // 20]))
     drawn = search.traces(read_run(run))
-    assert f"up to epoch {DECIDED} of {DECIDED}; then the widths were decided." in drawn
+    assert f"for {DECIDED} of {DECIDED} steps; then the widths were decided." in drawn
 
 
 def test_each_budget_has_its_curve_and_its_colour(tmp_path: Path) -> None:
@@ -54,8 +54,7 @@ def test_records_of_something_else_are_no_search(tmp_path: Path) -> None:
     run = build_searched(tmp_path / "run")
 
     def damage(value: dict) -> None:  # type: ignore[type-arg]
-        for index, record in enumerate(value["qat"]):
-            record["methods"] = [3] if index % 2 else {"Other.strength": 1.0}
+        value["traces"] = [{"step": 1, "Other.strength": 1.0}, {"step": 2, "BudgetSearch.entropy": "none"}]
 
     rewrite(run, "history.json", damage)
     assert search.traces(read_run(run)) == ""
@@ -68,10 +67,10 @@ def test_the_competitor_has_its_own_curve_of_the_loss(tmp_path: Path) -> None:
     assert "Uniform plan" in training
 
 
-def test_what_was_given_up_is_measured_against_the_uniform_plan(tmp_path: Path) -> None:
+def test_what_was_saved_is_measured_against_the_uniform_plan(tmp_path: Path) -> None:
     run = read_run(build_searched(tmp_path / "run"))
     layers = {layer.name: layer for layer in run.layers}
-    text = Document(search.given_up(run)).text
+    text = Document(search.savings(run)).text
     whole = run.metrics["uniform"]["cost"]["bops"]
     share = (9 - 2 * 3) * (layers["conv4"].macs or 0) / whole
     stored = {
@@ -85,8 +84,8 @@ def test_what_was_given_up_is_measured_against_the_uniform_plan(tmp_path: Path) 
 
 def test_what_was_spent_elsewhere_is_named(tmp_path: Path) -> None:
     run = read_run(build_searched(tmp_path / "run", layers=vit(), model="digits_vit"))
-    text = Document(search.given_up(run)).text
-    assert "The most was spent on blocks.0.attention.query (+" in text
+    text = Document(search.savings(run)).text
+    assert "more bits elsewhere, most of all in blocks.0.attention.query (+" in text
     assert len(re.findall(r"3 × 3 → 2 × [46]", text)) == search.MOST
 
 
@@ -110,7 +109,7 @@ def test_widths_that_the_run_gives_go_before_those_deduced(tmp_path: Path) -> No
 def test_a_deduction_that_contradicts_the_reported_cost_is_not_shown(tmp_path: Path) -> None:
     run = build_searched(tmp_path / "run")
     rewrite(run, "metrics.json", lambda value: value["uniform"]["cost"].update(bops=1000))
-    assert search.given_up(read_run(run)) == ""
+    assert search.savings(read_run(run)) == ""
 
 
 @pytest.mark.parametrize(

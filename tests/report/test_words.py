@@ -26,9 +26,9 @@ S = words.SPACE
         (words.points(-0.0001), "0.0"),
         (words.size(0), f"0{S}B"),
         (words.size(999), f"999{S}B"),
-        (words.size(999.7), f"1.0{S}kB"),
-        (words.size(4123), f"4.1{S}kB"),
-        (words.size(999_960), f"1.0{S}MB"),
+        (words.size(999.7), f"1.00{S}kB"),
+        (words.size(4123), f"4.12{S}kB"),
+        (words.size(999_960), f"1.00{S}MB"),
         (words.count(12_345_678), f"12.3{S}M"),
         (words.count(338_000_000), f"338{S}M"),
         (words.count(12), "12"),
@@ -119,3 +119,16 @@ def test_the_usual_bits(bits: list[float | None], expected: str) -> None:
 )
 def test_budgets(budget: dict[str, object], expected: str) -> None:
     assert words.budget_text(budget) == expected
+
+
+def test_a_cost_is_written_alike_as_a_figure_and_as_part_of_a_budget() -> None:
+    for used in (853_217, 2_104_000, 21_040_000):
+        budget = {"kind": "bops", "limit": 1.1 * used, "used": used}
+        assert words.budget_text(budget).startswith(f"{words.count(used)} of ")
+        assert words.budget_text(budget | {"kind": "weight_bytes"}).startswith(f"{words.size(used)} of ")
+
+
+def test_ticks_have_no_useless_zeros() -> None:
+    shown = [words.tick(words.count(value)) for value in (500, 1e3, 2e6, 1e7, 2.5e6, 5e8)]
+    assert shown == ["500", f"1{S}k", f"2{S}M", f"10{S}M", f"2.50{S}M", f"500{S}M"]
+    assert words.tick(f"3.00{S}bits") == f"3{S}bits"

@@ -12,6 +12,25 @@ def _hint(metavar: str, help: str) -> Any:
     return typer.Option(metavar=metavar, help=help, show_default=False)
 
 
+def recipe_file(help: str) -> Any:
+    """The recipe, first after the command; ``help`` says what stands in for it."""
+    return typer.Argument(metavar="RECIPE.yaml", help=help, show_default=False)
+
+
+def directory(help: str) -> Any:
+    """--out DIR."""
+    return _hint("DIR", help)
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change one value of the recipe, as train.epochs=5; repeatable.",
+        show_default=False,
+    ),
+]
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
 OwnModel = Annotated[
     str | None, _hint("module:factory", "What builds the model, where it is not a built-in one.")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from bitsmith.cli.options import Overrides, directory, recipe_file
 from bitsmith.cli.show import Display, output, print_json
 
 EXAMPLES = (
@@ -19,31 +20,11 @@ EXAMPLES = (
 
 
 def command(
-    recipe: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="RECIPE.yaml",
-            help="What to do; without it, the handwritten digits.",
-            show_default=False,
-        ),
-    ] = None,
+    recipe: Annotated[Path | None, recipe_file("What to do; without it, the handwritten digits.")] = None,
     out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="The run directory. Default: runs/NAME, or NAME-2, NAME-3, ...",
-            show_default=False,
-        ),
+        Path | None, directory("The run directory. Default: runs/NAME, or NAME-2, NAME-3, ...")
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Change one value of the recipe, as train.epochs=5; repeatable.",
-            show_default=False,
-        ),
-    ] = None,
+    set_: Overrides = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run; ends as if it had not been.")
     ] = False,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from bitsmith.cli.options import Json
+from bitsmith.cli.options import Json, Overrides, directory, recipe_file
 from bitsmith.cli.show import Display, output, print_json, table
 
 EXAMPLES = (
@@ -20,28 +20,15 @@ EXAMPLES = (
 
 
 def command(
-    recipe: Annotated[
-        Path | None,
-        typer.Argument(metavar="RECIPE.yaml", help="Without it, the handwritten digits.", show_default=False),
-    ] = None,
+    recipe: Annotated[Path | None, recipe_file("Without it, the handwritten digits.")] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Where results go; its float model is used again, as that of a run is. "
-            "Default: runs/NAME-sensitivity.",
-            show_default=False,
+        directory(
+            "Where results go; its float model is used again, as that of a run is. "
+            "Default: runs/NAME-sensitivity."
         ),
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Change one value of the recipe, as train.epochs=5; repeatable.",
-            show_default=False,
-        ),
-    ] = None,
+    set_: Overrides = None,
     budget: Annotated[
         list[str] | None,
         typer.Option(

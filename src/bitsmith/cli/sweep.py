@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from bitsmith.cli.options import Json
+from bitsmith.cli.options import Json, Overrides, directory, recipe_file
 from bitsmith.cli.show import Display, output, print_json, table
 
 EXAMPLES = (
@@ -31,11 +31,7 @@ def command(
     ],
     recipe: Annotated[
         Path | None,
-        typer.Argument(
-            metavar="RECIPE.yaml",
-            help="A recipe with budget_search among its methods; without it, the handwritten digits.",
-            show_default=False,
-        ),
+        recipe_file("A recipe with budget_search among its methods; without it, the handwritten digits."),
     ] = None,
     kind: Annotated[
         str,
@@ -46,22 +42,9 @@ def command(
         ),
     ] = "bops",
     out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Holds a run directory per budget. Default: runs/NAME-sweep.",
-            show_default=False,
-        ),
+        Path | None, directory("Holds a run directory per budget. Default: runs/NAME-sweep.")
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Change one value of the recipe, as train.epochs=5; repeatable.",
-            show_default=False,
-        ),
-    ] = None,
+    set_: Overrides = None,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Go on with an interrupted sweep, or add budgets to a finished one."),

@@ -149,6 +149,10 @@ class BudgetSearch(Method):
         self.entropy.copy_(_entropy(p.detach(), self.padding))
         return (pressure * over).sum()
 
+    def traces(self) -> dict[str, Tensor]:
+        """Expected costs over their limits, multipliers, temperature and entropy, while the search lasts."""
+        return self.scalars() if self.is_searching() else {}
+
     @torch.no_grad()
     def after_step(self, step: int, steps: int) -> None:
         """Move the multipliers, cool down, draw the next widths; decide at the end of the search."""

@@ -55,6 +55,18 @@ class Method(nn.Module):
         ``step`` counts optimizer steps from 0; the last call is ``after_step(steps - 1, steps)``.
         """
 
+    def scalars(self) -> dict[str, Tensor]:
+        """The 0-D float buffers (multipliers, temperatures), by name: what is written down of each epoch."""
+        return {
+            name: value
+            for name, value in self.named_buffers()
+            if value.ndim == 0 and value.is_floating_point()
+        }
+
+    def traces(self) -> dict[str, Tensor]:
+        """Those of them worth a curve over the steps, read after `penalty`; none once they stand still."""
+        return self.scalars()
+
     def plan(self) -> Plan | None:
         """The bit-widths decided, or None from a method that decides none."""
         return None

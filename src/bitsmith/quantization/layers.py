@@ -100,6 +100,15 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def operand_quantizers(model: nn.Module) -> Iterator[tuple[Quantizer | None, Quantizer | None]]:
+    """The two quantizers of every prepared layer: weight and input, or left and right; None in float."""
+    for layer in model.modules():
+        if isinstance(layer, QuantMatMul):
+            yield layer.left_quantizer, layer.right_quantizer
+        elif isinstance(layer, (QuantLinear, QuantConv1d, QuantConv2d)):
+            yield layer.weight_quantizer, layer.input_quantizer
+
+
 @contextlib.contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Inside, every module is in eval mode; afterwards each is in its own again (a frozen BatchNorm, too)."""

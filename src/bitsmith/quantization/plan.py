@@ -12,8 +12,9 @@ from torch import nn
 from bitsmith.errors import FormatError, SiteError, listing, nearest
 from bitsmith.files import read_json, write_json
 from bitsmith.quantization.bits import BitWidth
-from bitsmith.quantization.layers import weights_of
+from bitsmith.quantization.layers import operand_quantizers, weights_of
 from bitsmith.quantization.quantizer import Quantizer, sites
+from bitsmith.quantization.target import get_target
 
 VERSION = 1
 
@@ -159,7 +160,8 @@ def commit(model: nn.Module, plan: Plan | Mapping[str, int]) -> CommitReport:
     """Set the decided widths. Every tensor keeps its shape and every key its name.
 
     Raises SiteError where plan and model do not have the same sites, SchemeError for a width that a site's
-    grid has not; the model is then as it was.
+    grid has not, TargetError for a pair of widths that the target does not multiply; the model is then as it
+    was.
     """
     bits = plan.bits if isinstance(plan, Plan) else dict(plan)
     quantizers = sites(model)
@@ -169,6 +171,10 @@ def commit(model: nn.Module, plan: Plan | Mapping[str, int]) -> CommitReport:
         raise SiteError("the plan says nothing of this site", where=missing[0], remedy="Add it to the plan")
     for name, width in bits.items():
         quantizers[name].check_width(width)
+    target = get_target(getattr(model, "bitsmith_target", "native"))
+    for first, second in operand_quantizers(model):
+        if first is not None and second is not None:  # a float operand is no matter of the target's
+            target.check_pair(first.name, second.name, (bits[first.name], bits[second.name]))
     weights = weights_of(model)
     trained = {name: quantizers[name].commit(width, weights.get(name)) for name, width in bits.items()}
     return CommitReport(

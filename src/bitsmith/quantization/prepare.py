@@ -89,13 +89,15 @@ def prepare(
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     target: str | Target = "native",
     first_last_bits: int | None = FIRST_LAST_BITS,
+    check_pairs: bool = True,
 ) -> Coverage:
     """Swap the layers of ``model`` for quantized ones, in place, and calibrate the weights.
 
     weights, activations: the scheme of every weight and of every input of a multiplying layer; None leaves
     them in float. overrides: glob on site names -> fields of Scheme, the last match wins; they also free the
-    first and the last layer, which otherwise get ``first_last_bits`` (None: no such rule). Activations need
-    `calibrate` before the first forward.
+    first and the last layer, which otherwise get ``first_last_bits`` (None: no such rule). check_pairs: False
+    where a search decides the widths, which then has to find pairs that the target multiplies. Activations
+    need `calibrate` before the first forward.
 
     Raises SiteError (no quantizable layer; a glob that matches nothing; prepared twice), SchemeError,
     TargetError.
@@ -125,6 +127,8 @@ def prepare(
         quantizer.pinned = operand.site in pinned
         if operand.kind == "weight":
             quantizer.calibrate(*observe_weight(quantizer, operand.layer.weight))
+    if check_pairs:
+        _check_pairs(operands, schemes, target)
     for operand in operands:
         if type(operand.layer) in SWAPS:
             operand.layer.__class__ = SWAPS[type(operand.layer)][0]
@@ -135,6 +139,14 @@ def prepare(
             module.activation_relu_or_gelu = 0
     model.bitsmith_target = target.name  # type: ignore[assignment]
     return coverage(model)
+
+
+def _check_pairs(operands: list[Operand], schemes: Mapping[str, Scheme | None], target: Target) -> None:
+    """Refuse a layer whose two widths the target does not multiply; its operands stand beside each other."""
+    for first, second in zip(operands[::2], operands[1::2], strict=True):
+        found = (schemes[first.site], schemes[second.site])
+        widths = tuple(FLOAT if scheme is None else scheme.bits for scheme in found)
+        target.check_pair(first.site, second.site, (widths[0], widths[1]))
 
 
 class Operand(NamedTuple):
@@ -189,7 +201,7 @@ def _schemes(
                 "this pattern matches no site",
                 where=f"overrides.{pattern}",
                 remedy=f"Name a site of this model, such as {listing(close or list(schemes)[:3])}, or remove "
-                "the pattern (all of them: --set quantize.overrides={})",
+                "the pattern",
             )
         for name in matched:
             default = Scheme(bits=FLOAT) if schemes[name] is None else schemes[name]

@@ -50,6 +50,17 @@ class Target:
         """Whether it has a product of operands of these widths (of a MatMul, left and right)."""
         return self.pairs is None or FLOAT in (first, second) or (first, second) in self.pairs
 
+    def check_pair(self, first: str, second: str, widths: tuple[int, int]) -> None:
+        """Raise TargetError where it has no product of the sites ``first`` and ``second`` at these widths."""
+        if not self.multiplies(*widths):
+            raise TargetError(
+                f"target {self.name} does not multiply this pair of widths",
+                where=f"{first} x {second}",
+                got=f"{widths[0]} x {widths[1]} bits",
+                expected=listing(f"{a} x {b}" for a, b in self.pairs or ()),
+                remedy="Give these sites the bits of a pair that it lists, by the schemes or an override",
+            )
+
     def check(self, site: str, kind: str, scheme: Scheme, layer: str) -> None:
         """Raise TargetError where this target cannot hold ``scheme`` at ``site`` of a ``layer`` class."""
         allowed = self.weight_granularities if kind == "weight" else self.activation_granularities

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from bitsmith.errors import FormatError, RecipeError
-from bitsmith.files import directory_lock, write_atomic
-from bitsmith.recipe.directory import dump, stage_path
+from bitsmith.files import write_atomic
+from bitsmith.recipe.directory import BEFORE_WORK, dump, hold, stage_path
 from bitsmith.recipe.job import train_float
 from bitsmith.recipe.load import load_recipe
+from bitsmith.recipe.paths import whole
 from bitsmith.recipe.progress import Progress
 from bitsmith.recipe.schema import Recipe
 from bitsmith.recipe.threads import enough_threads
@@ -37,8 +38,8 @@ def open_baseline(out: Path, recipe: Recipe) -> Iterator[Path]:
         raise RecipeError(
             "this is a file, not a directory", where=f"--out {out}", remedy="Choose another --out"
         )
-    with directory_lock(out):
-        begun = {path.name for path in out.iterdir()} - {"recipe.yaml", ".lock"}  # beyond being refused
+    with hold(out):
+        begun = {path.name for path in out.iterdir()} - BEFORE_WORK
         if begun and (out / "recipe.yaml").exists():
             _same_baseline(out, recipe)
         elif stage_path(out, "float").exists():
@@ -66,7 +67,7 @@ def _same_baseline(out: Path, recipe: Recipe) -> None:
 
 
 def _deciding(recipe: Recipe) -> dict[str, Any]:
-    found = recipe.to_dict()
+    found = whole(recipe.to_dict())
     flat: dict[str, Any] = {"train.seed": recipe.train.seed}
     for key in DECIDING:
         section = found[key]

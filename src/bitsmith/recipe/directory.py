@@ -20,9 +20,11 @@ from torch import Tensor
 from bitsmith.errors import FormatError, RecipeError
 from bitsmith.files import directory_lock, load_tensors, save_tensors, write_atomic
 from bitsmith.recipe.load import load_recipe
+from bitsmith.recipe.paths import whole
 from bitsmith.recipe.schema import Recipe
 
 RUNS = Path("runs")
+BEFORE_WORK = {"recipe.yaml", ".lock"}
 
 
 @contextlib.contextmanager
@@ -30,7 +32,7 @@ def open_run(out: Path, recipe: Recipe, resume: bool) -> Iterator[Path]:
     """Hold the run directory and put the resolved recipe in it. Raises RecipeError, RunError where taken."""
     if out.exists() and not out.is_dir():
         raise _taken(out, "this is a file, not a directory", "Choose another --out")
-    with directory_lock(out):
+    with hold(out):
         if _begun(out):
             if not resume:
                 done = "a finished" if (out / "metrics.json").exists() else "an unfinished"
@@ -44,10 +46,30 @@ def open_run(out: Path, recipe: Recipe, resume: bool) -> Iterator[Path]:
         yield out
 
 
+@contextlib.contextmanager
+def hold(out: Path) -> Iterator[None]:
+    """Hold ``out`` for this process, made where it is not there. An error that comes before any work was
+    saved takes away what was made: the folders, the recipe and the lock; what was there stays as it was."""
+    made = [path for path in (out, *out.parents) if not path.exists()]
+    kept = {path.name for path in out.iterdir()} if not made else set()
+    with directory_lock(out):
+        try:
+            yield
+        except BaseException:
+            # Still under the lock; whatever cannot be taken away (somebody has put a file there) stays.
+            with contextlib.suppress(OSError):
+                if {path.name for path in out.iterdir()} - kept <= BEFORE_WORK:
+                    for name in BEFORE_WORK - kept:
+                        (out / name).unlink(missing_ok=True)
+                    for path in made:
+                        path.rmdir()
+            raise
+
+
 def _begun(out: Path) -> bool:
-    """Whether ``out`` holds a run: one that was refused before its first stage leaves its recipe alone."""
+    """Whether ``out`` holds a run, and not only what one writes before its first stage."""
     names = {path.name for path in out.iterdir()}
-    return "recipe.yaml" in names and bool(names - {"recipe.yaml", ".lock"})
+    return "recipe.yaml" in names and bool(names - BEFORE_WORK)
 
 
 def _taken(out: Path, what: str, remedy: str) -> RecipeError:
@@ -56,13 +78,13 @@ def _taken(out: Path, what: str, remedy: str) -> RecipeError:
 
 
 def dump(recipe: Recipe) -> str:
-    """The resolved recipe as YAML."""
-    return yaml.safe_dump(recipe.to_dict(), sort_keys=False, default_flow_style=None, width=100)
+    """The resolved recipe as YAML, with whole paths: it will be read from another folder."""
+    return yaml.safe_dump(whole(recipe.to_dict()), sort_keys=False, default_flow_style=None, width=100)
 
 
 def _same_recipe(path: Path, recipe: Recipe) -> None:
     """A resumed run may not change what was asked. Raises RecipeError naming the first key that differs."""
-    before, now = _flat(load_recipe(path).to_dict()), _flat(recipe.to_dict())
+    before, now = (_flat(whole(one.to_dict())) for one in (load_recipe(path), recipe))
     for key in [*before, *now]:
         if before.get(key) != now.get(key):
             raise RecipeError(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitsmith.errors import BudgetError, SiteError
+from bitsmith.errors import BudgetError, SiteError, TargetError
 from bitsmith.files import read_json, write_json
 from bitsmith.methods import Method
 from bitsmith.quantization import (
@@ -34,6 +34,7 @@ from bitsmith.quantization import (
 from bitsmith.recipe import competition
 from bitsmith.recipe.deliver import deliver
 from bitsmith.recipe.directory import load_stage, open_run, save_stage, stage_path
+from bitsmith.recipe.limits import search_options
 from bitsmith.recipe.methods import build_methods
 from bitsmith.recipe.progress import Event, Progress, silent
 from bitsmith.recipe.schema import Recipe, relocated
@@ -115,9 +116,9 @@ def _run(
     seconds["post_training"] = time.perf_counter() - started
     tell(Event("post_training", values={"test accuracy": post_training["accuracy"]}))
 
-    history["qat"], seconds["qat"] = train_quantized(
-        "qat", recipe, model, methods, float_model, data, out, tell
-    )
+    facts = train_quantized("qat", recipe, model, methods, float_model, data, out, tell)
+    history["qat"], seconds["qat"] = facts["history"], facts["seconds"]
+    history["traces"] = facts.get("traces", [])  # not in stages of before they were kept
     outcome = None
     if search is not None:
         model, outcome = compete(recipe, search, float_model, model, data, out, history, seconds, tell)
@@ -147,9 +148,8 @@ def compete(
     else:
         uniform = copy.deepcopy(float_model)
         _, methods = quantize(other, uniform, data)
-        history["uniform"], seconds["uniform"] = train_quantized(
-            "uniform", other, uniform, methods, float_model, data, out, tell
-        )
+        trained = train_quantized("uniform", other, uniform, methods, float_model, data, out, tell)
+        history["uniform"], seconds["uniform"] = trained["history"], trained["seconds"]
         facts["uniform"] = {
             "bits": competition.describe_uniform(widths, search),
             **competition.standing(uniform, data, _validation(uniform, data)),
@@ -202,9 +202,12 @@ def quantize(recipe: Recipe, model: nn.Module, data: Data) -> tuple[Coverage, li
 
 
 def prepare_sites(
-    recipe: Recipe, model: nn.Module, plan: Plan | None, example: Tensor
+    recipe: Recipe, model: nn.Module, plan: Plan | None, example: Tensor, *, check_pairs: bool = True
 ) -> tuple[Coverage, list[Method]]:
-    """Make the sites of ``recipe``, with a plan's widths where there is one, and attach its methods."""
+    """Make the sites of ``recipe``, with a plan's widths where there is one, and attach its methods.
+
+    check_pairs: whether these widths are final; never where a search of the recipe's decides them.
+    """
     spec = recipe.quantize
     try:
         coverage = prepare(
@@ -214,13 +217,19 @@ def prepare_sites(
             overrides=spec.overrides | (_planned(plan) if plan is not None else {}),
             target=recipe.target,
             first_last_bits=spec.first_last_bits,
+            check_pairs=check_pairs and search_options(recipe) is None,
         )
+    except TargetError as error:
+        if plan is not None:
+            raise relocated(error, f"{recipe.plan}: {error.where}") from None
+        raise
     except SiteError as error:
         site = error.where.removeprefix("overrides.")
         if plan is not None and site in plan.sites:
             raise relocated(error, f"{recipe.plan}: sites.{site}") from None
         if error.where.startswith("overrides."):
-            raise relocated(error, f"quantize.{error.where}") from None
+            every = " (all of them: --set quantize.overrides={})"
+            raise relocated(error, f"quantize.{error.where}", every) from None
         raise
     methods = build_methods(recipe.methods, example)
     for method in methods:
@@ -246,9 +255,10 @@ def train_quantized(
     data: Data,
     out: Path,
     tell: Progress,
-) -> tuple[list[dict[str, Any]], float]:
+) -> dict[str, Any]:
     """A stage of quantization-aware training with BatchNorm re-estimation, in place. Where a method decided
-    the widths, the model is left as its plan would have prepared it."""
+    the widths, the model is left as its plan would have prepared it. Returns plain facts, with its history
+    and seconds."""
     found = load_stage(out, stage)
     facts = found[1] if found else None
     if facts is None:
@@ -266,7 +276,7 @@ def train_quantized(
         save_stage(out, stage, model.state_dict(), facts)
         stage_path(out, f"{stage}_training").unlink(missing_ok=True)
     tell(Event(stage, values={"validation accuracy": facts["validation_accuracy"]}))
-    return facts["history"], facts["seconds"]
+    return facts
 
 
 def _finished(stage: str, model: nn.Module, out: Path) -> dict[str, Any] | None:
@@ -318,6 +328,7 @@ def _train(
     model.cpu()  # all that follows is quick; only training is worth a GPU
     return {
         "history": result.history,
+        "traces": result.traces,
         "seconds": result.seconds,
         "precision": result.precision,
         "device": result.device,

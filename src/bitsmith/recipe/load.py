@@ -18,16 +18,20 @@ from pydantic import ValidationError
 
 from bitsmith.errors import BitsmithError, RecipeError, listing, nearest
 from bitsmith.recipe.methods import check_methods
+from bitsmith.recipe.paths import located
 from bitsmith.recipe.schema import Recipe, known_keys, normalise, relocated, resolve
 
 DEFAULT = Path(__file__).with_name("default.yaml")
 
 
 def load_recipe(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Recipe:
-    """Read the recipe at ``path`` (None: the embedded default) and apply ``"a.b=value"`` overrides."""
+    """Read the recipe at ``path`` (None: the embedded default) and apply ``"a.b=value"`` overrides.
+
+    Relative paths are meant from the recipe's folder, those of overrides from the current one.
+    """
     source = str(path) if path is not None else "the default recipe"
-    document = read_yaml(Path(path) if path is not None else DEFAULT)
-    recipe = normalise(document)
+    file = Path(path) if path is not None else DEFAULT
+    recipe = located(normalise(read_yaml(file)), file.parent)
     for override in overrides:
         recipe = normalise(apply_override(recipe, override))
     return parse_recipe(recipe, source)
@@ -47,7 +51,7 @@ def parse_recipe(document: Mapping[str, Any], source: str = "recipe") -> Recipe:
             "a plan fixes every width, so that budget_search has none left",
             where=f"{source}, plan",
             got=recipe.plan,
-            remedy="Drop one of them, for example by --set methods=[]",
+            remedy="To train this plan, add --set methods=[]; to search, leave the plan out",
         )
     return recipe
 

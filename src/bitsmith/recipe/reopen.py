@@ -23,7 +23,7 @@ from bitsmith.recipe.deliver import write_exports
 from bitsmith.recipe.directory import load_stage, stage_path
 from bitsmith.recipe.job import prepare_sites
 from bitsmith.recipe.load import load_recipe
-from bitsmith.recipe.schema import EXPORTS, Recipe
+from bitsmith.recipe.schema import EXPORTS, NO_RUNTIME, Recipe
 from bitsmith.tasks import Data, build, evaluate
 from bitsmith.tasks import load as load_data
 from bitsmith.tasks.data import LOADERS
@@ -190,6 +190,14 @@ def export_run(
     """
     check_exports(formats)
     recipe = _recipe(path)
+    if recipe.target == NO_RUNTIME and "onnx" in formats:
+        raise RecipeError(
+            f"this run was trained for target {NO_RUNTIME}, which has no runtime, so no ONNX file",
+            where="--to",
+            got=", ".join(formats),
+            expected="native",
+            remedy="Give --to native, or run the recipe again with target: onnxruntime",
+        )
     examples = _data(path, recipe, data)
     model = _float_model(path, recipe, factory)
     searched = load_stage(path, "winner")

@@ -50,9 +50,11 @@ def alias(field: str | None) -> str:
     return "float" if field == "float_train" else str(field)
 
 
-def relocated(error: BitsmithError, where: str) -> BitsmithError:
-    """``error`` again, at another place: whoever calls knows more about where than whoever found it."""
-    return type(error)(error.what, where=where, got=error.got, expected=error.expected, remedy=error.remedy)
+def relocated(error: BitsmithError, where: str, also: str = "") -> BitsmithError:
+    """``error`` again, at another place, its remedy followed by ``also``: whoever calls knows more about
+    where, and what a recipe can do, than whoever found it."""
+    remedy = error.remedy + also
+    return type(error)(error.what, where=where, got=error.got, expected=error.expected, remedy=remedy)
 
 
 Placed = WrapValidator(_placed)

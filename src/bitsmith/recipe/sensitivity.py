@@ -117,7 +117,8 @@ class Sites:
 
         options = search_options(recipe) or {}
         plan = Plan.load(recipe.plan) if recipe.plan is not None else None
-        prepare_sites(without_search(recipe), model, plan, data.example())
+        # With a budget these widths are only where the plan starts from.
+        prepare_sites(without_search(recipe), model, plan, data.example(), check_pairs=budget is None)
         quantizers = sites(model)
         self.recipe, self.model, self.data = recipe, model, data
         self.own = {name: int(q.bits.expected()) for name, q in quantizers.items()}

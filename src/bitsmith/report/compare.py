@@ -112,7 +112,7 @@ def _scatter(
 
 
 def _tick(show: Callable[[float | None], str]) -> Callable[[float], str]:
-    return lambda value: show(value).replace(f".0{words.SPACE}", words.SPACE)
+    return lambda value: words.tick(show(value))
 
 
 def _table(runs: Sequence[Run], names: Sequence[str]) -> str:

@@ -36,12 +36,13 @@ def result(run: Run) -> tuple[str, str] | None:
         _against(first, second, key, run, other if index == 0 else "")
         for index, key in enumerate(key for key in PLACES if _both(first, second, key))
     )
+    drew = _both(first, second, DECIDES) and first[DECIDES] == second[DECIDES]
     if first is uniform:
         note = "All figures below are the uniform plan's."
-        return f"The {name} won and was delivered", f"{figures}. {_used(run)} {note}".replace("  ", " ")
+        how = "drew, costs no more and was delivered" if drew else "won and was delivered"
+        return f"The {name} {how}", f"{figures}. {_used(run)} {note}".replace("  ", " ")
     if uniform_plan.is_delivered(run):
         figures += ". Both plans have the same widths, so the difference is one of training"
-    drew = _both(first, second, DECIDES) and first[DECIDES] == second[DECIDES]
     return ("The searched plan drew and was kept" if drew else "The searched plan won"), (
         f"{figures}. {_used(run)}".strip()
     )

@@ -123,7 +123,7 @@ def budget_text(found: Mapping[str, Any], budget: float) -> str:
 
 
 def cost_text(found: Mapping[str, Any], used: float) -> str:
-    """A cost with its unit: "2.1 M BOPs", "4.3 kB", "3.25 bits"."""
+    """A cost with its unit: "2.10 M BOPs", "4.30 kB", "3.25 bits"."""
     kind = found["kind"]
     if "average" in kind:
         return f"{used:.2f}{words.SPACE}bits"
@@ -189,7 +189,7 @@ def _picture(found: Mapping[str, Any], known: list[Spot]) -> str:
     label = f"Accuracy against {axis(found)}: " + "; ".join(mark.label for _, mark in marks)
 
     def show(cost: float) -> str:
-        return cost_text(found, cost).replace(f".0{words.SPACE}", words.SPACE)
+        return words.tick(cost_text(found, cost))
 
     plot = svg.scatter(marks, front, show, axis(found), label, found["float"]["accuracy"], "acts")
     keys = page.legend([("b-quant", "Searched, by budget"), ("b-acts", "Uniform"), ("b-float", "Float")])

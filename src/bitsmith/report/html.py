@@ -11,6 +11,8 @@ from bitsmith.files import write_atomic
 from bitsmith.report import behaviour, contest, hardware, outcome, page, record, search, words
 from bitsmith.report.metrics import Run, read_run
 
+FEW = 10  # misread images that leave room beside a confusion matrix
+
 
 def write_report(run_directory: str | Path) -> Path:
     """Write ``report.html`` into a run directory, from the files that it holds. Raises FormatError.
@@ -42,14 +44,11 @@ def render(run: Run) -> str:
         for row in (
             (outcome.accuracy(run), outcome.cost(run)),
             (outcome.layers(run),),
-            (search.given_up(run),),
+            (search.savings(run),),
             (search.traces(run),),
             (hardware.card(run),),
             (behaviour.traces(run),),
-            (behaviour.confusion(run), behaviour.misread(run)),
-            (page.stack((behaviour.shifts(run), record.timings(run))), record.certificate(run)),
-            (record.coverage(run),),
-            (record.environment(run), record.recipe(run)),
+            *_proofs(run),
         )
     )
     footer = (
@@ -57,3 +56,14 @@ def render(run: Run) -> str:
         "Bytes are decimal (1 kB = 1,000 B). Accuracies are of the test set unless they say validation."
     )
     return page.document(f"{title} · {run.name}", header, body, footer)
+
+
+def _proofs(run: Run) -> tuple[tuple[str, ...], ...]:
+    """How the model behaves and what was checked, in rows whose two cards are about as tall."""
+    confusion, misread, shifts = behaviour.confusion(run), behaviour.misread(run), behaviour.shifts(run)
+    certificate, coverage, recipe = record.certificate(run), record.coverage(run), record.recipe(run)
+    time, machine = record.timings(run), record.environment(run)
+    if run.predictions is not None and len(run.predictions.images) <= FEW:
+        beside, below = page.stack((misread, time)), page.stack((shifts, machine))
+        return (confusion, beside), (below, certificate), (coverage,), (recipe,)
+    return (confusion, misread), (page.stack((shifts, time)), certificate), (coverage,), (machine, recipe)

@@ -69,6 +69,7 @@ class Run:
     plan: Mapping[str, Any] = field(default_factory=dict)
     coverage: Mapping[str, Any] = field(default_factory=dict)
     history: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    traces: Sequence[Mapping[str, Any]] = ()  # of the methods, over the steps
     layers: tuple[Layer, ...] = ()
     certified: tuple[Certified, ...] = ()
     not_checked: tuple[str, ...] = ()
@@ -143,7 +144,8 @@ def read_run(directory: str | Path) -> Run:
         metrics=metrics,
         plan=plan,
         coverage=coverage,
-        history={phase: entries for phase, entries in history.items() if phase != "version"},
+        history={phase: entries for phase, entries in history.items() if phase not in ("version", "traces")},
+        traces=history.get("traces") or (),
         layers=_layers(metrics, plan),
         certified=read_certificate(certificate),
         not_checked=tuple(str(item) for item in certificate.get("not_checked") or ()),

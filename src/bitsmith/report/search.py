@@ -1,4 +1,4 @@
-"""How a search came to its plan, and what it gave up for it. From `Run` to markup.
+"""How a search came to its plan, and where that saved bits. From `Run` to markup.
 
 Two cards, empty for a run whose widths were asked for: the search's traces (cost against budget, multiplier,
 temperature, entropy), and the layers that got fewer bits than under the uniform plan that competed with it.
@@ -8,7 +8,6 @@ Who won is in contest.py.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
 from bitsmith.report import contest, page, svg, uniform, words
@@ -16,20 +15,21 @@ from bitsmith.report.certificate import is_number
 from bitsmith.report.metrics import Layer, Run
 
 KINDS = ("quant", "acts", "export", "post", "uniform")  # colours of several budgets
-MOST = 6  # rows of what was given up
+MOST = 6  # layers shown with what they save
 Scalars = list[tuple[float, dict[str, float]]]
 
 
 def traces(run: Run) -> str:
     """Cost against budget, multipliers, temperature and entropy, up to the decision and a little beyond."""
-    records = _records(run)
-    if not records:
+    searching = _records(run)
+    if not searching:
         return ""
-    decided = _decision(records)
-    last, end = records[-1][0], records[decided][0]
-    until = min(last, end + max(1.0, round(0.3 * end)))
-    kinds = [key.removeprefix("used_") for key in records[0][1] if key.startswith("used_")]
-    searching = records[: decided + 1]
+    end = searching[-1][0]
+    last = max(
+        [end, *(entry["step"] for entry in run.history.get("qat") or () if is_number(entry.get("step")))]
+    )
+    until = min(last, round(1.3 * end))
+    kinds = [key.removeprefix("used_") for key in searching[0][1] if key.startswith("used_")]
     colours = dict(zip(kinds, KINDS * len(kinds), strict=False))
 
     def curves(prefix: str) -> list[svg.Series]:
@@ -46,7 +46,9 @@ def traces(run: Run) -> str:
             f"{one.label} from {show(one.points[0][1])} to {show(one.points[-1][1])}" for one in known
         )
         moment = (end, "decided")
-        plot = svg.lines(known, show, "epoch", ends, height=130, level=level, moment=moment, until=until)
+        plot = svg.lines(
+            known, show, "optimizer step", ends, height=130, level=level, moment=moment, until=until
+        )
         return f'<div class="half"><h3>{name}</h3>{plot}</div>'
 
     cost = curves("used_") + _kept(run, colours, end, until)
@@ -59,9 +61,9 @@ def traces(run: Run) -> str:
     )
     named = [(f"b-{colours[kind]}", contest.kind_name(kind).capitalize()) for kind in kinds]
     keys = page.legend(named) if len(kinds) > 1 else ""
-    rest = f"; the other {last - end:g} epochs trained at exactly these" if last > end else ""
+    rest = f"; the other {last - end:,.0f} steps trained at exactly these" if last > end else ""
     remark = (
-        f"Widths and weights were trained together up to epoch {end:g} of {last:g}; then the widths were "
+        f"Widths and weights were trained together for {end:,.0f} of {last:,.0f} steps; then the widths were "
         f"decided{rest}. λ rises while the expected cost is above the budget and falls while it is below. "
         "Entropy: 100 % is no preference among the candidates, 0 % is none left to decide."
     )
@@ -73,29 +75,19 @@ def _short(value: float) -> str:
 
 
 def _records(run: Run) -> Scalars:
-    """(epoch, scalars of the method that searches, without its name) of every epoch that has them."""
+    """(step, scalars of the method that searches, without its name) while it searched."""
     found: Scalars = []
-    for index, entry in enumerate(run.history.get("qat") or ()):
-        scalars = entry.get("methods")
-        if not isinstance(scalars, Mapping):
-            continue
-        owners = [key.removesuffix(".entropy") for key in scalars if key.endswith(".entropy")]
+    for entry in run.traces:
+        owners = [key.removesuffix(".entropy") for key in entry if key.endswith(".entropy")]
         own = {
             key.removeprefix(f"{owner}."): float(value)
             for owner in owners[:1]
-            for key, value in scalars.items()
+            for key, value in entry.items()
             if key.startswith(f"{owner}.") and is_number(value)
         }
-        if {"entropy", "temperature"} <= own.keys():
-            found.append((float(entry.get("epoch", index + 1)), own))
+        if {"entropy", "temperature"} <= own.keys() and is_number(entry.get("step")):
+            found.append((float(entry["step"]), own))
     return found
-
-
-def _decision(records: Scalars) -> int:
-    """The first record from which entropy and temperature stand still; the last one if they never do."""
-    groups = groupby(records, lambda record: (record[1]["entropy"], record[1]["temperature"]))
-    lengths = [len(list(group)) for _, group in groups]
-    return len(records) - lengths[-1]
 
 
 def _points(records: Scalars, key: str) -> list[tuple[float, float]]:
@@ -115,10 +107,10 @@ def _kept(run: Run, colours: Mapping[str, str], start: float, until: float) -> l
     ]
 
 
-# ---- what was given up
+# ---- where bits were saved
 
 
-def given_up(run: Run) -> str:
+def savings(run: Run) -> str:
     """The layers with the fewest bits, and what that saved against the uniform plan."""
     widths = uniform.widths(run) if contest.winner(run) == "searched" else None
     if widths is None:
@@ -150,14 +142,17 @@ def given_up(run: Run) -> str:
     more = sorted((layer for layer in layers if gains[layer.name] < 0), key=lambda layer: gains[layer.name])
     spent = words.listing(f"{layer.name} ({_change(gains[layer.name])})" for layer in more[:3])
     remark = (
-        "The layers with the fewest bits, weights × activations, from the uniform plan to the searched one. "
-        "Changes are shares of the uniform plan's total."
+        "Layers to which the search gave fewer bits than the uniform plan, those with the fewest first. Bits "
+        "are weights × activations. The last two columns: what that changes, as shares of the whole model "
+        "under the uniform plan."
     )
     if spent:
-        remark += f" The most was spent on {spent} of the bit operations."
-    columns = ["Layer", "Bits", "Operations", "Weight bits"]
+        remark += (
+            f" What was saved pays for more bits elsewhere, most of all in {spent} of the bit operations."
+        )
+    columns = ["Layer", "Bits: uniform → searched", "Bit operations", "Stored weight bits"]
     table = page.table(columns, rows, "Layers with the fewest bits", numbers=range(1, len(columns)))
-    return page.card("What was given up", table, remark=remark, wide=True)
+    return page.card("Where bits were saved", table, remark=remark, wide=True)
 
 
 def _known(layer: Layer) -> bool:

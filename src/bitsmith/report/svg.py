@@ -167,7 +167,7 @@ def lines(
         y = height * (1 - _at(scale(tick), low, high) / 100)
         body.append(f'<line x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}" class="gridline"/>')
         body.append(_text("0", f"{y:.1f}", show(tick), "tick end", dx=-10, dy=4))
-    for tick in ticks(left, right, 5):
+    for tick in ticks(left, right, 6):
         if left <= tick <= right and float(tick).is_integer():  # epochs and steps are whole
             x = f"{_at(tick, left, right):.2f}%"
             body.append(_text(x, f"{height}", f"{tick:,.0f}", "tick middle", dy=19))

@@ -6,8 +6,9 @@ its unit, and the minus is a minus, so that figures keep together and line up.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from bitsmith.report.certificate import runtime_title
@@ -47,7 +48,7 @@ def points(difference: float | None, decimals: int = 1) -> str:
 
 
 def size(count: float | None) -> str:
-    """Bytes in decimal units, as file managers and data sheets count: 4123 -> "4.1 kB"."""
+    """Bytes in decimal units, as file managers and data sheets count: 4123 -> "4.12 kB"."""
     return DASH if count is None else _scaled(count, SIZES)
 
 
@@ -56,16 +57,18 @@ def count(value: float | None) -> str:
     return DASH if value is None else _scaled(value, COUNTS)
 
 
-def _two_digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}"
+def tick(amount: str) -> str:
+    """An amount as a tick of an axis has it, without useless zeros: "2.00 M" -> "2 M"."""
+    return re.sub(rf"\.0+(?={SPACE}|$)", "", amount)
 
 
-def _scaled(value: float, units: tuple[str, ...], show: Callable[[float], str] = _two_digits) -> str:
+def _scaled(value: float, units: tuple[str, ...]) -> str:
+    """Three digits, so that a limit and what is used of it can be told apart, on every part of the page."""
     index = 0
     while value >= 999.5 and index < len(units) - 1:
         value /= 1000
         index += 1
-    return f"{show(value) if index else f'{value:.0f}'}{SPACE}{units[index]}".rstrip(SPACE)
+    return f"{_three_digits(value) if index else f'{value:.0f}'}{SPACE}{units[index]}".rstrip(SPACE)
 
 
 def factor(larger: float | None, smaller: float | None) -> str:
@@ -109,7 +112,7 @@ def listing(items: Iterable[str]) -> str:
 
 
 def headline(run: Run) -> tuple[str, str]:
-    """What came out, as a short title and one sentence: ("97.8 % in 4.1 kB", "7.3× smaller, …")."""
+    """What came out, as a short title and one sentence: ("97.8 % in 4.12 kB", "7.3× smaller, …")."""
     digits = decimals(run)
     title = percent(run.accuracy("quantized"), digits)
     if run.cost("weight_bytes") is not None:
@@ -236,14 +239,14 @@ def _is_share(budget: Mapping[str, Any]) -> bool:
 
 
 def _amount(budget: Mapping[str, Any], value: float) -> str:
-    """A cost to three digits, so that a limit and what is used of it can be told apart."""
+    """A cost, without its unit where that is bits or a table's."""
     kind = str(budget.get("kind", "cost"))
     if "average" in kind:
         return f"{value:.2f}"
     if kind.startswith("table:"):
         value /= _scale(budget)[1]
         return f"{value:,.0f}" if value >= 999.5 else _three_digits(value)
-    return _scaled(value, SIZES if "bytes" in kind else COUNTS, _three_digits)
+    return _scaled(value, SIZES if "bytes" in kind else COUNTS)
 
 
 def _scale(budget: Mapping[str, Any]) -> tuple[str, float]:

@@ -49,6 +49,7 @@ class TrainResult:
     history: list[
         dict[str, Any]
     ]  # one an epoch: step, epoch, loss (mean), learning_rate, validation_accuracy
+    traces: list[dict[str, Any]]  # the methods' scalars over the steps, at most 200 of these
     steps: int
     seconds: float  # before an interruption too
     device: str
@@ -133,7 +134,9 @@ def train(
         run.average.copy_to_model()
     model.eval()
     notes = [text for text in (note, writer.note) if text]
-    return TrainResult(run.history, run.steps, run.seconds, str(device), precision, resumed_at, notes)
+    return TrainResult(
+        run.history, run.traces.rows(), run.steps, run.seconds, str(device), precision, resumed_at, notes
+    )
 
 
 def _loop(

@@ -28,6 +28,7 @@ from bitsmith.train.distillation import Loss, combined_loss
 from bitsmith.train.divergence import check_parameters, loss_diverged
 from bitsmith.train.optimizer import OPTIMIZERS
 from bitsmith.train.schedule import learning_rate_factor
+from bitsmith.train.traces import Traces
 
 
 class Run:
@@ -61,6 +62,7 @@ class Run:
         self.steps = config.epochs * batches.steps_per_epoch
         self.step = 0
         self.history: list[dict[str, Any]] = []
+        self.traces = Traces()
         self.losses = torch.zeros(batches.steps_per_epoch, device=device)
         self.last_loss = math.nan
         self.learning_rate = 0.0
@@ -99,6 +101,7 @@ class Run:
             penalty = method.penalty()
             if penalty.requires_grad:
                 penalty.backward()
+        self.traces.add(self.step + 1, self._traced())
         if self.config.gradient_clip > 0:
             nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip)
         self.optimizer.step()
@@ -206,13 +209,19 @@ class Run:
                 self.steps,
             )
 
-    def _method_scalars(self) -> dict[str, float]:
-        """The 0-D float buffers of the methods (multipliers, temperatures): their traces."""
+    def _traced(self) -> dict[str, Tensor]:
         return {
-            f"{type(method).__name__}.{name}": buffer.item()
+            f"{type(method).__name__}.{name}": value
             for method in self.methods
-            for name, buffer in method.named_buffers()
-            if buffer.ndim == 0 and buffer.is_floating_point()
+            for name, value in method.traces().items()
+        }
+
+    def _method_scalars(self) -> dict[str, float]:
+        """The scalars of the methods as the epoch leaves them."""
+        return {
+            f"{type(method).__name__}.{name}": value.item()
+            for method in self.methods
+            for name, value in method.scalars().items()
         }
 
     def _random_state(self) -> dict[str, Tensor]:
@@ -236,6 +245,7 @@ class Run:
             "average": None if self.average is None else self.average.state_dict(),
             "random": self._random_state(),
             "history": self.history,
+            "traces": self.traces.state_dict(),
             "losses": self.losses,
             "precision": self.precision,
             "learning_rate": self.learning_rate,
@@ -253,6 +263,8 @@ class Run:
         self._set_random_state(state["random"])
         self.losses.copy_(state["losses"])
         self.step, self.history = state["step"], state["history"]
+        if "traces" in state:  # not in the checkpoints of before they were kept
+            self.traces.load_state_dict(state["traces"])
         self.learning_rate, self.seconds_before = state["learning_rate"], state["seconds"]
 
 
