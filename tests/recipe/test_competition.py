@@ -80,8 +80,8 @@ def test_the_uniform_plan_is_delivered_where_it_is_better(
     stages = iter([0.5, 0.9])  # what the validation split says of the searched plan, then of the uniform one
     real = job_module.competition.standing
 
-    def standing(model: torch.nn.Module, data: Any, validation_accuracy: float) -> dict[str, Any]:
-        return real(model, data, next(stages))
+    def standing(model: torch.nn.Module, data: Any) -> dict[str, Any]:
+        return {**real(model, data), "validation_accuracy": next(stages)}
 
     monkeypatch.setattr(job_module.competition, "standing", standing)
     metrics = searched(tmp_path / "run")
@@ -91,6 +91,25 @@ def test_the_uniform_plan_is_delivered_where_it_is_better(
     assert metrics["budget"][0]["used"] == metrics["uniform"]["cost"]["bops"]
     certificate, _ = export_run(tmp_path / "run", ["native"])
     assert certificate["exports"]["native"]["accuracy"] == pytest.approx(metrics["quantized"]["accuracy"])
+
+
+@pytest.mark.parametrize(
+    ("uniform", "ahead"),
+    [
+        ({"validation_accuracy": 0.9, "validation_loss": 0.1}, True),  # more accurate
+        ({"validation_accuracy": 0.7, "validation_loss": 0.1}, False),
+        ({"validation_accuracy": 0.8, "validation_loss": 0.1}, True),  # as accurate, at a lower loss
+        ({"validation_accuracy": 0.8, "validation_loss": 0.3}, False),
+        ({"validation_accuracy": 0.8, "validation_loss": 0.2}, True),  # alike, and cheaper
+    ],
+)
+def test_validation_accuracy_decides_then_loss_then_cost(uniform: dict[str, float], ahead: bool) -> None:
+    class Cost:
+        def exact(self, bits: dict[str, int]) -> dict[str, int]:
+            return {"bops": bits["a"]}
+
+    searched = {"validation_accuracy": 0.8, "validation_loss": 0.2}
+    assert job_module.competition.is_ahead(uniform, searched, Cost(), {"a": 2}, {"a": 3}) is ahead  # type: ignore[arg-type]
 
 
 def test_a_searched_run_is_exported_again(finished: Path, metrics: dict[str, Any]) -> None:

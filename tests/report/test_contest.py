@@ -66,6 +66,16 @@ def test_a_draw_and_a_hair(tmp_path: Path) -> None:
     assert "(less than 0.1 points ahead)" in said(run)
 
 
+def test_of_plans_as_accurate_on_validation_the_loss_decides(tmp_path: Path) -> None:
+    run = build_searched(tmp_path / "run")
+    change(run, searched={"validation_accuracy": 0.97, "validation_loss": 0.061})
+    change(run, uniform={"validation_accuracy": 0.97, "validation_loss": 0.0834})
+    assert said(run).startswith(
+        f"The searched plan won: 97.0{S}% against as much for the uniform 3{S}×{S}3-bit plan of the same "
+        "budget on validation (loss 0.061 against 0.0834, which decided)"
+    )
+
+
 def test_a_uniform_plan_that_drew_is_delivered_as_the_cheaper_one(tmp_path: Path) -> None:
     run = build_searched(tmp_path / "run", winner="uniform")
     change(run, searched={"validation_accuracy": 0.97}, uniform={"validation_accuracy": 0.97})

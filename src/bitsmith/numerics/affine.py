@@ -148,7 +148,7 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def _materialized(s: Tensor) -> Tensor:
-    """s, as a tensor that a compiler keeps: Inductor fuses a pointwise s into every loop that uses it, forward
+    """s, as a tensor that a compiler keeps: Inductor fuses a pointwise s into all loops that use it, forward
     and backward, and computes it anew there for each vector of x, exp2 included; what a reduction made is
     stored once."""
     if torch.compiler.is_compiling():

@@ -138,7 +138,7 @@ def compete(
     tell: Progress,
 ) -> tuple[nn.Module, competition.Outcome]:
     """Train the uniform competitor as long, and let the validation split decide. Returns the winner."""
-    facts = {"searched": competition.standing(searched, data, _validation(searched, data))}
+    facts = {"searched": competition.standing(searched, data)}
     bits = plan_of(searched).bits
     winner, model = "searched", searched
     try:
@@ -152,7 +152,7 @@ def compete(
         history["uniform"], seconds["uniform"] = trained["history"], trained["seconds"]
         facts["uniform"] = {
             "bits": competition.describe_uniform(widths, search),
-            **competition.standing(uniform, data, _validation(uniform, data)),
+            **competition.standing(uniform, data),
             "cost": search.cost.exact(widths),
             "sites": widths,
         }

@@ -36,7 +36,7 @@ def result(run: Run) -> tuple[str, str] | None:
         _against(first, second, key, run, other if index == 0 else "")
         for index, key in enumerate(key for key in PLACES if _both(first, second, key))
     )
-    drew = _both(first, second, DECIDES) and first[DECIDES] == second[DECIDES]
+    drew = all(first.get(key) == second.get(key) for key in (DECIDES, LOSS))
     if first is uniform:
         note = "All figures below are the uniform plan's."
         how = "drew, costs no more and was delivered" if drew else "won and was delivered"
@@ -57,7 +57,7 @@ def uniform_name(run: Run) -> str:
     return f"uniform plan ({shown} bits)" if bits else "uniform plan"
 
 
-DECIDES = "validation_accuracy"
+DECIDES, LOSS = "validation_accuracy", "validation_loss"
 PLACES = {DECIDES: "on validation, which decided", "accuracy": "on test"}
 
 
@@ -78,7 +78,12 @@ def _against(first: dict[str, Any], second: dict[str, Any], key: str, run: Run, 
     ours, theirs = words.percent(first[key], digits), words.percent(second[key], digits)
     named = f" for {other}" if other else ""
     if difference == 0:
-        return f"{ours} against as much{named} {PLACES[key]}"
+        text = f"{ours} against as much{named} {PLACES[key]}"
+        if key == DECIDES and _both(first, second, LOSS) and first[LOSS] != second[LOSS]:
+            text = text.replace(
+                ", which decided", f" (loss {first[LOSS]:.3g} against {second[LOSS]:.3g}, which decided)"
+            )
+        return text
     number = words.points(difference, digits).strip("+" + words.MINUS)
     lead = f"{number} points" if float(number) else f"less than {10**-digits:g} points"
     side = "ahead" if difference > 0 else "behind"
