@@ -15,7 +15,8 @@ CNN of digits trained for 10 epochs on 6,400 images at 14x14, tested on 5,000.
     random        a random plan that uses at least 98 % of what the best plan would use
     greedy        from the widest plan, lower the site that loses least sensitivity per BOP saved, until it fits
     sensitivity   the exact best plan by Fisher-weighted output error (what other tools do before training)
-    search        ours: starts from the same scores, learns the widths in the first part of the steps
+    start         the exact best plan by these scores made fit for training (sensitivity.after_training)
+    search        ours: starts there, learns the widths in the first part of the steps
     search, cold  ours from uniform logits
     chosen        the better of search and uniform on the validation split (what `bitsmith run` ships)
 """
@@ -50,7 +51,7 @@ from bitsmith.quantization.bits import FixedBits
 from bitsmith.quantization.budget import Budget, BudgetCost
 from bitsmith.quantization.plan import set_bits
 from bitsmith.quantization.quantizer import sites
-from bitsmith.quantization.sensitivity import sensitivity
+from bitsmith.quantization.sensitivity import after_training, sensitivity
 from bitsmith.tasks import data as tasks_data
 from bitsmith.tasks import models
 from bitsmith.tasks.classification import evaluate
@@ -60,7 +61,7 @@ from bitsmith.train.loop import train
 
 CANDIDATES = (1, 2, 3, 4, 6, 8)
 POINTS = (1.5, 2.0, 2.5, 3.0)
-CONTENDERS = ("uniform", "random", "greedy", "sensitivity", "search", "search, cold")
+CONTENDERS = ("uniform", "random", "greedy", "sensitivity", "start", "search", "search, cold")
 TASKS = {  # model, learning rate, epochs
     "digits_cnn": ("digits_cnn", 4e-3, 20),
     "digits_vit": ("digits_vit", 2e-3, 20),
@@ -113,7 +114,9 @@ class Unit:
         rows = torch.randperm(len(self.data.train_x), generator=torch.Generator().manual_seed(seed))[:512]
         batches = [(to_float(self.data.train_x[part]), self.data.train_y[part]) for part in rows.split(128)]
         scores = sensitivity(free, batches, F.cross_entropy)
+        fit = after_training(scores, [name for name in candidates if name.endswith("weight")])
         self.values = {name: -scores[name] for name in candidates}
+        self.start = {name: -fit[name] for name in candidates}
         self.candidates = {n: q.bits.candidates.int().tolist() for n, q in sites(free).items()}
         self.cost = measure(free, self.example)
 
@@ -176,7 +179,7 @@ class Unit:
         search.attach(model)
         self.calibrate(model)
         if not cold:
-            search.start_at(self.values)
+            search.start_at(self.start)
         trace = Trace(search)
         result: dict[str, Any] = self.train(model, [search, trace])
         return {**result, "lambda_varies": trace.varies()}, search.plan().bits
@@ -244,6 +247,7 @@ def contend(unit: Unit, contender: str, point: float, options: dict[str, Any]) -
             "random": partial(random_plan, cost, unit.seed),
             "greedy": partial(greedy_plan, cost, unit.values),
             "sensitivity": lambda: allocate(cost, {n: v.tolist() for n, v in unit.values.items()}).bits,
+            "start": lambda: allocate(cost, {n: v.tolist() for n, v in unit.start.items()}).bits,
         }
         bits = plans[contender]()
         result = unit.fixed(bits)

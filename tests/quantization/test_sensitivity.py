@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bitsmith.quantization import FixedBits, MatMul, Scheme, calibrate, prepare, set_bits, sites
-from bitsmith.quantization.sensitivity import sensitivity
+from bitsmith.quantization.sensitivity import after_training, sensitivity
 
 X = torch.randn(12, 6, generator=torch.Generator().manual_seed(1))
 Y = torch.arange(12) % 3
@@ -39,6 +39,17 @@ def test_the_score_is_the_definition_sample_by_sample() -> None:
 def test_more_bits_hurt_less() -> None:
     for score in sensitivity(prepared(), [(X, Y)], F.cross_entropy).values():
         assert score[0] > score[1] > score[2] > 0
+
+
+def test_for_training_levels_come_nearer_and_weights_count_less() -> None:
+    slope = torch.tensor([16.0, 4.0, 1.0])
+    scores = {"a.input": 100 * slope, "b.input": slope, "b.weight": slope}
+    fit = after_training(scores, ["b.weight"])
+    assert torch.allclose(fit["a.input"] / fit["b.input"], torch.full((3,), 10.0))
+    assert torch.allclose(fit["b.weight"] / fit["b.input"], torch.full((3,), 0.3))
+    for row in fit.values():
+        assert torch.allclose(row / row[-1], slope)
+    assert torch.isfinite(after_training({"c": torch.tensor([1e-3, 0.0])}, [])["c"]).all()
 
 
 def test_the_model_is_left_as_it_was() -> None:

@@ -13,7 +13,7 @@ the error is measured at the layer's output, where it is what the next layer see
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -46,6 +46,25 @@ def sensitivity(
                     _add_scores(scores, layers[name], inputs, y.detach(), g)
             samples += len(x)
     return {name: total / max(samples, 1) for name, total in scores.items()}
+
+
+# Of how plans turn out that are trained (docs/findings.md), not of any theory.
+EVENED = 0.5  # power of a site's level among the sites'
+ADAPTED = 0.3  # share of a weight's score
+
+
+def after_training(scores: Mapping[str, Tensor], weights: Collection[str]) -> dict[str, Tensor]:
+    """``scores`` (site -> (K,)) made fit to choose widths for a model that will be trained; no longer losses.
+
+    A score is the loss of a model that is rounded and left so. Training takes away most where most was lost:
+    the levels of the sites (geometric means over their widths) move towards one another. And it moves
+    ``weights`` to where their rounding costs little; what an activation's rounding lost stays lost.
+    """
+    fit = {}
+    for name, row in scores.items():
+        logs = row.clamp(min=torch.finfo(row.dtype).tiny).log()
+        fit[name] = torch.exp(logs - (1 - EVENED) * logs.mean()) * (ADAPTED if name in weights else 1.0)
+    return fit
 
 
 def _observe(

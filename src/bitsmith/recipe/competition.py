@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from bitsmith.methods import Method
-from bitsmith.quantization import commit
+from bitsmith.quantization import commit, sites
 from bitsmith.quantization.allocate import uniform_plan
 from bitsmith.quantization.budget import BudgetCost
 from bitsmith.quantization.cost_table import CostTable
-from bitsmith.quantization.sensitivity import sensitivity
+from bitsmith.quantization.sensitivity import after_training, sensitivity
 from bitsmith.recipe.schema import Recipe
 from bitsmith.tasks import Data, evaluate
 from bitsmith.tasks.dataset import to_float
@@ -51,7 +51,8 @@ def start(search: Any, model: nn.Module, data: Data, seed: int) -> None:
     """Start the search from one backward per batch of training images, drawn at random."""
     rows = torch.randperm(len(data.train_x), generator=torch.Generator().manual_seed(seed))[:SCORED]
     batches = [(to_float(data.train_x[part]), data.train_y[part]) for part in rows.split(BATCH)]
-    scores = sensitivity(model, batches, F.cross_entropy)
+    weights = [name for name, quantizer in sites(model).items() if quantizer.kind == "weight"]
+    scores = after_training(sensitivity(model, batches, F.cross_entropy), weights)
     search.start_at({name: -scores[name] for name in search.cost.sites})
 
 
@@ -91,8 +92,8 @@ def is_ahead(
     widths: Mapping[str, int],
     bits: Mapping[str, int],
 ) -> bool:
-    """Whether the uniform plan is delivered: more accurate on the validation split; as accurate, as happens on
-    a small split, and of a lower loss there; alike in both and not dearer."""
+    """Whether the uniform plan is delivered: more accurate on the validation split; as accurate, as happens
+    on a small split, and of a lower loss there; alike in both and not dearer."""
     ours, theirs = (
         (standing["validation_accuracy"], -standing["validation_loss"]) for standing in (searched, uniform)
     )

@@ -26,7 +26,7 @@ from bitsmith.quantization.allocate import allocate
 from bitsmith.quantization.budget import Budget, BudgetCost
 from bitsmith.quantization.knapsack import classes_of
 from bitsmith.quantization.prepare import SWAPS_BY_QUANT
-from bitsmith.quantization.sensitivity import sensitivity, without_quantizers
+from bitsmith.quantization.sensitivity import after_training, sensitivity, without_quantizers
 from bitsmith.recipe.baseline import float_model, open_baseline
 from bitsmith.recipe.job import prepare_sites, read_inputs
 from bitsmith.recipe.limits import CANDIDATES, budget_of, search_options, without_search
@@ -191,7 +191,7 @@ def _plan(found: Sites, scores: Mapping[str, Tensor] | None) -> dict[str, Any]:
         bits = found.own
     else:
         zero = {name: [0.0] * len(found.candidates[name]) for name in cost.sites}
-        bits = allocate(cost, zero if scores is None else _values(scores, cost.sites)).bits
+        bits = allocate(cost, zero if scores is None else _values(found, scores)).bits
     if scores is None:
         return {}
     limits = dict(zip(cost.kinds, cost.limits.tolist(), strict=True))
@@ -249,8 +249,11 @@ def _raised(
     return {"bits": wider[0], "score": float(scores[0]), "with": names, "price": price}
 
 
-def _values(scores: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, list[float]]:
-    return {name: (-scores[name]).tolist() for name in names}
+def _values(found: Sites, scores: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """Of the plan, which is for training."""
+    weights = [name for name, quantizer in sites(found.model).items() if quantizer.kind == "weight"]
+    fit = after_training(scores, weights)
+    return {name: (-fit[name]).tolist() for name in found.cost.sites}
 
 
 def _users(layers: Iterable[Any], quantizer: nn.Module) -> list[tuple[Any, str]]:
