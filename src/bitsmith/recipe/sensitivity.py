@@ -3,7 +3,8 @@
 Three answers about one float model. *Scores*: the Fisher-weighted output error of every site and width, all
 from one backward per batch (quantization.sensitivity). *Measured*: for the pairs with the highest scores, the
 loss with that one site at that width and all else in float, as a check on the scores. *Plan*: what `allocate`
-chooses by the scores within a budget, and what raising each of its sites to the next width would cost.
+chooses within a budget by the scores, made fit for training, and what raising each site to its next width
+would cost.
 Nothing is trained but the float model.
 """
 
