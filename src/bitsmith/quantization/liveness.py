@@ -2,8 +2,10 @@
 
 A tensor lives from the operation that makes it to the last one that reads it; views share a storage and are
 one tensor. What only quantizers read is held at the width of its site (the widest, where several read it);
-any other activation counts as float. This counts what must exist, not what an allocator keeps: no
-fragmentation, no workspaces, no operator fusion, and no in-place reuse beyond what the model itself writes.
+any other activation counts as float. As in the kernels of runtimes, an activation function is computed by
+the operation before it, whose own result then takes no memory; and as the largest of the rounded values is
+the rounded largest, what only max pooling reads is held at the width of the pooled tensor. This counts what
+must exist, not what an allocator keeps: no fragmentation, no workspaces, no other fusion or reuse.
 """
 
 from __future__ import annotations
@@ -21,6 +23,14 @@ from torch.utils._pytree import tree_leaves
 from bitsmith.quantization.layers import in_eval_mode
 from bitsmith.quantization.quantizer import Quantizer
 from bitsmith.quantization.scheme import FLOAT
+
+MAX_POOLS = {
+    getattr(torch.ops.aten, name)
+    for name in (
+        "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices",
+        "mkldnn_max_pool2d", "mkldnn_max_pool3d",
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,10 @@ class _Watch(TorchDispatchMode):
         self.last: list[int] = []
         self.readers: list[set[str]] = []
         self.in_float: list[bool] = []
+        self.reads: list[int] = []
+        self.source: dict[
+            int, tuple[int, bool]
+        ] = {}  # tensor -> what it was computed from, and whether at once
         for leaf in tree_leaves(arguments):
             if isinstance(leaf, Tensor):
                 self.make(leaf)
@@ -117,11 +131,13 @@ class _Watch(TorchDispatchMode):
         self.last.append(self.clock)
         self.readers.append(set())
         self.in_float.append(False)
+        self.reads.append(0)
 
     def touch(self, key: int, in_float: bool) -> None:
         at = self.index.get(key)
         if at is not None:
             self.last[at] = self.clock
+            self.reads[at] += 1
             self.in_float[at] |= in_float
 
     def enter(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -129,6 +145,7 @@ class _Watch(TorchDispatchMode):
         if at is not None:
             self.last[at] = self.clock
             if isinstance(module, Quantizer):
+                self.reads[at] += 1
                 self.readers[at].add(module.name)
         self.inside += 1
 
@@ -149,27 +166,42 @@ class _Watch(TorchDispatchMode):
             return output  # a view reads nothing
         self.clock += 1
         read = {_key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and _key(leaf) not in read]
+        from_one = [at for key in read if (at := self.index.get(key)) is not None]
+        at_once, pooled = torch.Tag.pointwise in func.tags, func.overloadpacket in MAX_POOLS
+        joined = len(from_one) == 1 and not read & self.coded and (at_once or pooled)
         for key in read:
-            self.touch(key, in_float=key not in self.coded)
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor) and _key(leaf) not in read:
-                self.make(leaf)
+            self.touch(key, in_float=key not in self.coded and not (joined and not made))
+        for leaf in made[:1] if pooled else made:  # a runtime keeps no indices of the largest
+            self.make(leaf)
+            if joined:
+                self.source[len(self.sizes) - 1] = (from_one[0], at_once)
         return output
 
+    def _join(self) -> None:
+        """Let a tensor take the place of the one that it alone was computed from, or share its width."""
+        joined = [(to, *self.source[to]) for to in self.source if self.reads[self.source[to][0]] == 1]
+        for to, at, _ in reversed(joined):
+            self.readers[at], self.in_float[at] = self.readers[to], self.in_float[to]
+        for to, at, at_once in joined:
+            if at_once:
+                self.sizes[at], self.born[to] = 0, self.born[at]
+
     def result(self) -> Liveness:
-        tensors = tuple(
-            LiveTensor(size, () if in_float or not sites else tuple(sorted(sites)))
-            for size, sites, in_float in zip(self.sizes, self.readers, self.in_float, strict=True)
-        )
+        self._join()
+        kept = [i for i, size in enumerate(self.sizes) if size]
+        place = {i: at for at, i in enumerate(kept)}
+        tensors = [
+            LiveTensor(self.sizes[i], () if self.in_float[i] else tuple(sorted(self.readers[i])))
+            for i in kept
+        ]
         moments = []
-        starts = sorted(set(self.born))
+        starts = sorted({self.born[i] for i in kept})
         for start, following in zip(starts, [*starts[1:], self.clock + 1], strict=True):
-            if any(
-                start <= end < following for end in self.last
-            ):  # else the next moment holds all of this one
-                alive = zip(self.born, self.last, strict=True)
-                moments.append(tuple(i for i, (born, end) in enumerate(alive) if born <= start <= end))
-        return Liveness(tensors, tuple(moments))
+            alive = [i for i in kept if self.born[i] <= start <= self.last[i]]
+            if any(self.last[i] < following for i in alive):  # else the next moment holds all of this one
+                moments.append(tuple(place[i] for i in alive))
+        return Liveness(tuple(tensors), tuple(moments))
 
 
 def _key(tensor: Tensor) -> int:
