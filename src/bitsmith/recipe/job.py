@@ -138,7 +138,7 @@ def compete(
     tell: Progress,
 ) -> tuple[nn.Module, competition.Outcome]:
     """Train the uniform competitor as long, and let the validation split decide. Returns the winner."""
-    facts = {"searched": competition.standing(searched, data)}
+    facts: dict[str, dict[str, Any]] = {"searched": {**competition.standing(searched, data)}}
     bits = plan_of(searched).bits
     winner, model = "searched", searched
     try:
