@@ -60,11 +60,19 @@ def _native_site(site: str, form: dict[str, Any], header: dict[str, Any], body: 
     stored, bits = tensor("codes", "u1"), form["bits"]
     codes = None
     if stored is not None:
-        count = int(np.prod(form["shape"]))
-        stream = np.unpackbits(stored, bitorder="little")[: count * bits].reshape(count, bits)
-        half = 2 ** (bits - 1)
-        lowest = {"unsigned": 0, "asymmetric": 0, "balanced": 1 - half}.get(form["grid"], -half)
-        codes = stream.astype(np.int64) @ (1 << np.arange(bits)) + lowest
+        rows, *rest = form["shape"]
+        each = np.broadcast_to(np.array(bits), rows)  # one width, or one per output channel
+        grids = np.broadcast_to(np.array(form["grid"]), len(np.unique(each)))
+        codes, stream, start = np.zeros((rows, *rest), np.int64), np.unpackbits(stored, bitorder="little"), 0
+        for width, grid in zip(np.unique(each), grids, strict=True):  # channels of the least width first
+            at = each == width
+            end = start + codes[at].size * width
+            half = 2 ** (width - 1)
+            lowest = {"unsigned": 0, "asymmetric": 0, "balanced": 1 - half}.get(str(grid), -half)
+            values = stream[start:end].reshape(-1, width).astype(np.int64) @ (1 << np.arange(width)) + lowest
+            codes[at] = values.reshape(codes[at].shape)
+            start = end
+        codes = codes.reshape(-1)
     return StoredSite(codes, tensor("scale", "<f4"), tensor("zero_point", "<f4"))
 
 

@@ -32,6 +32,7 @@ from bitsmith.errors import SchemeError, SiteError, listing, nearest
 from bitsmith.methods.method import Method
 from bitsmith.quantization import Plan, commit, measure, plan_of, set_bits, sites
 from bitsmith.quantization.allocate import allocate
+from bitsmith.quantization.bits import Width
 from bitsmith.quantization.budget import Budget, BudgetCost
 from bitsmith.quantization.categorical import MODES, Categorical
 from bitsmith.quantization.quantizer import Quantizer
@@ -92,8 +93,7 @@ class BudgetSearch(Method):
         candidates = site_candidates(model, free, self.candidates)
         self.widths = {name: Categorical(c, self.mode, self.logit_rate) for name, c in candidates.items()}
         set_bits(model, self.widths)
-        fixed = {name: [q.scheme.bits] for name, q in sites(model).items() if name not in candidates}
-        self.cost = BudgetCost(cost, self.budget, {**candidates, **fixed})
+        self.cost = BudgetCost(cost, self.budget, candidates)
         allocate(self.cost, self._values())  # an impossible budget is found out now
         width = max(len(c) for c in candidates.values())
         padding = torch.tensor([[0.0] * len(c) + [-math.inf] * (width - len(c)) for c in candidates.values()])
@@ -120,7 +120,7 @@ class BudgetSearch(Method):
             width.logits.sub_(width.logits.mean())
         self._draw()
 
-    def _row(self, name: str, bits: int) -> int:
+    def _row(self, name: str, bits: Any) -> int:
         return self.widths[name].candidates.int().tolist().index(bits)
 
     def is_searching(self) -> bool:
@@ -173,10 +173,11 @@ class BudgetSearch(Method):
     @torch.no_grad()
     def plan(self) -> Plan:
         """The most likely plan within the budget; what was decided, once it is."""
+        bits: dict[str, Width]
         if self.is_searching():
             bits = allocate(self.cost, self._values(), fill=FILL).bits
         else:
-            bits = {name: int(q.bits.expected()) for name, q in sites(self.models[0]).items()}
+            bits = {name: q.bits.width() for name, q in sites(self.models[0]).items()}
         plan = plan_of(self.models[0], bits=bits)
         exact = self.cost.exact(bits)
         limits = dict(zip(self.cost.kinds, self.cost.limits.tolist(), strict=True))

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitsmith.errors import SiteError
+from bitsmith.quantization.bits import Width
 from bitsmith.quantization.budget import BudgetCost
 from bitsmith.quantization.knapsack import Program, classes_of
 from bitsmith.quantization.overspent import overspent
@@ -34,7 +35,7 @@ class Allocation:
     """bits: every site, fixed ones included; value: of the free sites; gap: how much better, relative to the
     value, another plan could be at most (0: proven best); used, limits: kind -> cost and limit, absolute."""
 
-    bits: dict[str, int]
+    bits: dict[str, Width]
     value: float
     gap: float
     used: dict[str, Any]
@@ -109,7 +110,7 @@ def _floors(cost: BudgetCost, program: Program, limits: Mapping[str, float], fil
     return {kind: fill * dearest[kind]}
 
 
-def uniform_plan(cost: BudgetCost) -> dict[str, int]:
+def uniform_plan(cost: BudgetCost) -> dict[str, Width]:
     """The dearest plan of the form "b bits everywhere" that fits every budget: site -> width, all sites.
 
     A free site takes its largest candidate that is at most b, or its smallest. Widths that make a pair which
@@ -118,9 +119,11 @@ def uniform_plan(cost: BudgetCost) -> dict[str, int]:
     limits = dict(zip(cost.kinds, cost.limits.tolist(), strict=True))
     classes = classes_of(cost, ())
     for b in sorted({width for site in cost.sites for width in cost.candidates[site]} or {8}, reverse=True):
-        bits = dict(cost.fixed)
+        bits: dict[str, Width] = dict(cost.fixed)
         for members, widths in classes:
-            nearest = max((w for w in widths if w <= b), default=min(widths))
+            nearest = widths[0]  # of a fixed site
+            if len(widths) > 1:
+                nearest = max((w for w in widths if w <= b), default=min(widths))
             bits.update(dict.fromkeys(members, nearest))
         possible = all(
             (bits.get(layer.operands[0], 32), bits.get(layer.operands[1], 32)) in cost.pairs(layer)

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from bitsmith.errors import BudgetError, SiteError, TargetError, listing, nearest
-from bitsmith.quantization.cost import CostModel, LayerCost
+from bitsmith.quantization.bits import Width
+from bitsmith.quantization.cost import CostModel, LayerCost, times
 from bitsmith.quantization.cost_table import CostTable
 from bitsmith.quantization.expected_peak import ExpectedPeak
 from bitsmith.quantization.scheme import FLOAT
@@ -186,9 +187,9 @@ def used(cost: CostModel, kind: str, bits: Mapping[str, Any], table: CostTable |
     if kind in AVERAGES:
         return cost.average_bits(bits, kind.split("_")[1])
     table = _table(kind, table)
-    widths = [[int(bits.get(site, FLOAT)) for site in layer.operands] for layer in cost.layers]
+    widths: list[list[Any]] = [[bits.get(site, FLOAT) for site in layer.operands] for layer in cost.layers]
     return constant(cost, kind, table) + sum(
-        layer_cost(cost, kind, layer, first, second, table=table)
+        layer_cost(cost, kind, layer, tuple(first) if isinstance(first, tuple | list) else first, second, table)
         for layer, (first, second) in zip(cost.layers, widths, strict=True)
     )
 
@@ -205,19 +206,19 @@ def constant(cost: CostModel, kind: str, table: CostTable | None = None) -> floa
 
 
 def layer_cost(
-    cost: CostModel, kind: str, layer: LayerCost, first: int, second: int, table: CostTable | None = None
+    cost: CostModel, kind: str, layer: LayerCost, first: Width, second: int, table: CostTable | None = None
 ) -> float:
     """What one layer adds to a kind other than activation_bytes, its operands at these widths."""
     if kind == "bops":
-        return layer.macs * first * second
+        return times(layer.macs, first) * second
     if kind == "weight_bytes":
         return int(cost.layer_bytes(layer, {layer.operands[0]: first}))
     if kind == "average_weight_bits":
-        return layer.weight_elements * first / max(sum(x.weight_elements for x in cost.layers), 1)
+        return times(layer.weight_elements, first) / max(sum(x.weight_elements for x in cost.layers), 1)
     if kind == "average_activation_bits":
         total = sum(sum(x.activation_elements.values()) for x in cost.layers)
         counts = [layer.activation_elements.get(site, 0) for site in layer.operands]
-        return (counts[0] * first + counts[1] * second) / max(total, 1)
+        return (times(counts[0], first) + counts[1] * second) / max(total, 1)
     return _table(kind, table).cost(layer.name, layer.kind, layer.macs, layer.weight_shape, first, second)
 
 
@@ -262,8 +263,9 @@ class BudgetCost:
             _check_pairs(self, layer)
         self._coefficients()
 
-    def widths(self, site: str) -> tuple[int, ...]:
-        """The widths that ``site`` may have: its candidates, or the one it is fixed at (32: in float)."""
+    def widths(self, site: str) -> tuple[Any, ...]:
+        """The widths that ``site`` may have: its candidates, or what it is fixed at (32: in float; one per
+        channel)."""
         return self.candidates.get(site) or (self.cost.present.get(site, FLOAT),)
 
     def expected(self, p: Tensor) -> Tensor:
@@ -279,7 +281,7 @@ class BudgetCost:
         at = self.kinds.index("activation_bytes")
         return torch.cat([costs[:at], peak, costs[at + 1 :]])
 
-    def exact(self, bits: Mapping[str, int]) -> dict[str, Any]:
+    def exact(self, bits: Mapping[str, Any]) -> dict[str, Any]:
         """Kind -> what the plan costs; sites that ``bits`` does not name are at their fixed widths."""
         whole = {**self.fixed, **bits}
         return {kind: used(self.cost, kind, whole, self.tables.get(kind)) for kind in self.kinds}
@@ -288,7 +290,7 @@ class BudgetCost:
         """`constant` of a kind of this budget."""
         return constant(self.cost, kind, self.tables.get(kind))
 
-    def layer_cost(self, kind: str, layer: LayerCost, first: int, second: int) -> float:
+    def layer_cost(self, kind: str, layer: LayerCost, first: Width, second: int) -> float:
         """`layer_cost` of a kind of this budget. A pair that the target cannot multiply and that a table does
         not list counts as the layer's dearest possible pair: nothing is gained by moving towards it."""
         table = self.tables.get(kind)
@@ -297,7 +299,7 @@ class BudgetCost:
             return layer_cost(self.cost, kind, layer, first, second, table)
         return max(layer_cost(self.cost, kind, layer, *pair, table) for pair in self.pairs(layer))
 
-    def pairs(self, layer: LayerCost) -> list[tuple[int, int]]:
+    def pairs(self, layer: LayerCost) -> list[tuple[Any, int]]:
         """The pairs of widths that the operands of ``layer`` may have on this target."""
         first, second = (self.widths(site) for site in layer.operands)
         return [(w, a) for w in first for a in second if self.cost.target.multiplies(w, a)]
@@ -328,7 +330,7 @@ class BudgetCost:
         }
         self._peak = None
         if "activation_bytes" in self.kinds:
-            names = [*self.sites, *self.fixed]
+            names = [*self.sites, *(s for s, bits in self.fixed.items() if isinstance(bits, int))]
             self._peak = ExpectedPeak(self.cost.live, row, {s: self.widths(s) for s in names}, width)
 
     def _on(self, p: Tensor) -> dict[str, Tensor]:

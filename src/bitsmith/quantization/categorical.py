@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitsmith.quantization.bits import BitWidth
+from bitsmith.quantization.bits import BitWidth, Width
 
 MODES = ("sampled", "mixed", "real")
 
@@ -74,7 +74,7 @@ class Categorical(BitWidth):
             self.noise.copy_(noise[: len(self.noise)])
 
     @torch.no_grad()
-    def commit(self, bits: int) -> None:
+    def commit(self, bits: Width) -> None:
         """Decide for a candidate: a fixed width from now on."""
         self.rows.fill_(self.candidates.tolist().index(bits))
         self.decided.fill_(1.0)
