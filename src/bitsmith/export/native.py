@@ -261,10 +261,14 @@ def _weight(
     codes, scale = tensors[f"{site}.codes"], _floats(f"{site}.scale", tensors)
     rows, length = form.shape[0], math.prod(form.shape[1:])
     if isinstance(form.bits, tuple) and (len(form.bits) != rows or form.granularity != "channel"):
-        raise ValueError(f"{site} has {len(form.bits)} widths, which is not one for each of its {rows} channels")
+        raise ValueError(
+            f"{site} has {len(form.bits)} widths, which is not one for each of its {rows} channels"
+        )
     size = packed_size(length * (sum(form.bits) if isinstance(form.bits, tuple) else rows * form.bits), 1)
     if codes.dtype != torch.uint8 or codes.numel() != size:
-        raise ValueError(f"{site} has {codes.numel()} bytes of codes, which are not {in_words(form.bits)} bits each")
+        raise ValueError(
+            f"{site} has {codes.numel()} bytes of codes, which are not {in_words(form.bits)} bits each"
+        )
     groups = group_count(length, form.group_size) if form.group_size else 1
     if scale.numel() != {"tensor": 1, "channel": rows, "group": rows * groups}[form.granularity]:
         raise ValueError(f"{site} has {scale.numel()} scales, which is not one per {form.granularity}")

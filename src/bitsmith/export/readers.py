@@ -22,11 +22,13 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class StoredSite:
-    """What a file holds of one site; codes flat (weights only), in the order of the weight's elements."""
+    """What a file holds of one site; codes flat (weights only), in the order of the weight's elements.
+    container: bits that each code takes, where all take the same."""
 
     codes: Array | None = None
     scale: Array | None = None
     zero_point: Array | None = None
+    container: int | None = None
 
 
 def read_native(directory: Path) -> dict[str, StoredSite]:
@@ -86,10 +88,14 @@ def read_onnx(path: Path) -> dict[str, StoredSite]:
         graph = onnx.load(path).graph
     except Exception as error:  # protobuf's own exception type differs between its implementations
         raise FormatError(f"this is not an ONNX file ({error})", where=str(path)) from None
-    found: dict[str, dict[str, Array]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for initializer in graph.initializer:
         site, _, part = initializer.name.rpartition(".")
         if part in ("codes", "scale", "zero_point"):
             array = onnx.numpy_helper.to_array(initializer).reshape(-1)
             found.setdefault(site, {})[part] = array.astype(np.float32 if part == "scale" else np.int64)
+            if part == "codes":  # INT2, UINT4, ...
+                found[site]["container"] = int(
+                    onnx.TensorProto.DataType.Name(initializer.data_type).lstrip("UINT")
+                )
     return {site: StoredSite(**parts) for site, parts in found.items()}

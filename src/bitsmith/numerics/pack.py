@@ -6,8 +6,8 @@ and nothing is padded but the last byte. At 2, 4 and 8 bits this is byte for byt
 and INT8 when ``low`` is 0 (ONNX's signed types hold two's complement instead). One routine serves every
 width; libraries that keep one unpacker a width are no faster, as both are bound by memory.
 
-Codes of several widths are runs, one width each, that follow one another in the same bit stream: a run may begin
-within a byte, and again nothing is padded but the last byte.
+Codes of several widths are runs, one width each, that follow one another in the same bit stream: a run may
+begin within a byte, and again nothing is padded but the last byte.
 """
 
 from __future__ import annotations

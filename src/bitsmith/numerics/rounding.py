@@ -59,8 +59,8 @@ def hash_uniform(seed: Tensor, like: Tensor) -> Tensor:
 
 
 def choose(q: Tensor, x: Tensor, share: Tensor) -> Tensor:
-    """q itself in forward; in backward, share receives <g, q - x>: the gradient of choosing this width. Of a share
-    that broadcasts against x, each entry receives the product over its own values.
+    """q itself in forward; in backward, share receives <g, q - x>: the gradient of choosing this width. Of
+    a share that broadcasts against x, each entry receives the product over its own values.
 
     The baseline x matters: without it the estimate carries <g, x>, which is the same for every width.
     """

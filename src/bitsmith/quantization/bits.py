@@ -13,9 +13,9 @@ A bit-width is a small module that answers two questions for its quantizer, and 
     mixed               R = K, share = softmax(logits / temperature)
     real-valued         the same, ``blended``: one grid at the mean width
 
-A weight's output channels may have widths of their own: then rows and share are (R, C), column c for channel c,
-and expected() is (C,). A fixed width per channel needs no rows to choose from: it is one row whose candidate is
-(1, C), as low, high and scale of a row are per channel anyway.
+A weight's output channels may have widths of their own: then rows and share are (R, C), column c for
+channel c, and expected() is (C,). A fixed width per channel needs no rows to choose from: it is one row
+whose candidate is (1, C), as low, high and scale of a row are per channel anyway.
 
 R is fixed by the class, so that a compiled forward has one graph; *which* rows is data, in a buffer, drawn
 or moved outside forward. `commit(bits)` decides: afterwards the width is fixed, but every tensor keeps its
@@ -48,7 +48,9 @@ def mean_width(bits: Width) -> float:
 def in_words(bits: Width) -> str:
     """A width for people: "4", or "2-8, 3.4 on average"."""
     bits = one_or_each(bits)
-    return str(bits) if isinstance(bits, int) else f"{min(bits)}-{max(bits)}, {mean_width(bits):.2g} on average"
+    return (
+        str(bits) if isinstance(bits, int) else f"{min(bits)}-{max(bits)}, {mean_width(bits):.2g} on average"
+    )
 
 
 class BitWidth(nn.Module):
@@ -64,7 +66,8 @@ class BitWidth(nn.Module):
         raise TypeError(f"{type(self).__name__} must say its expected bits")
 
     def commit(self, bits: Width) -> None:
-        """Decide for the candidate ``bits``, or for one per channel; what is in play afterwards is this alone."""
+        """Decide for the candidate ``bits``, or for one per channel; what is in play afterwards is this
+        alone."""
         raise TypeError(f"{type(self).__name__} must say how it commits")
 
     def width(self) -> Width:

@@ -189,7 +189,9 @@ def used(cost: CostModel, kind: str, bits: Mapping[str, Any], table: CostTable |
     table = _table(kind, table)
     widths: list[list[Any]] = [[bits.get(site, FLOAT) for site in layer.operands] for layer in cost.layers]
     return constant(cost, kind, table) + sum(
-        layer_cost(cost, kind, layer, tuple(first) if isinstance(first, tuple | list) else first, second, table)
+        layer_cost(
+            cost, kind, layer, tuple(first) if isinstance(first, tuple | list) else first, second, table
+        )
         for layer, (first, second) in zip(cost.layers, widths, strict=True)
     )
 

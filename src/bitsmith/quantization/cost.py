@@ -29,12 +29,13 @@ from bitsmith.quantization.trace import trace
 
 FLOAT_BYTES = 4
 
-Bits = Mapping[str, Any]  # site -> bits: int, float or a scalar tensor; one per channel as a sequence or tensor (C,)
+# site -> bits: int, float or a scalar tensor; where channels have widths of their own, a sequence or tensor (C,)
+Bits = Mapping[str, Any]
 
 
 def times(count: int, bits: Any) -> Any:
-    """Sum of the bits of ``count`` elements or products; where channels have widths of their own, each has its even
-    share of them."""
+    """Sum of the bits of ``count`` elements or products; where channels have widths of their own, each has
+    its even share of them."""
     if isinstance(bits, tuple | list):
         whole, rest = divmod(count * sum(bits), len(bits))
         return whole + rest / len(bits) if rest else whole
@@ -43,7 +44,10 @@ def times(count: int, bits: Any) -> Any:
 
 def is_whole(bits: Any) -> bool:
     """Whether these are widths of a plan, not expectations of a search."""
-    return all(isinstance(b, int | float) and b == int(b) for b in (bits if isinstance(bits, tuple | list) else [bits]))
+    return all(
+        isinstance(b, int | float) and b == int(b)
+        for b in (bits if isinstance(bits, tuple | list) else [bits])
+    )
 
 
 @dataclass(frozen=True)

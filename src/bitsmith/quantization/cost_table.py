@@ -92,12 +92,13 @@ class CostTable:
         weight_bits: int | Sequence[int],
         activation_bits: int,
     ) -> float:
-        """Cost of the layer ``name``; with a width per channel, that of each pair by its share of the channels.
-        Raises BudgetError where no entry speaks of it at these widths."""
+        """Cost of the layer ``name``; with a width per channel, that of each pair by its share of the
+        channels. Raises BudgetError where no entry speaks of it at these widths."""
         if not isinstance(weight_bits, int):
             shares = {bits: weight_bits.count(bits) / len(weight_bits) for bits in sorted(set(weight_bits))}
             return sum(
-                share * self.cost(name, kind, macs, shape, bits, activation_bits) for bits, share in shares.items()
+                share * self.cost(name, kind, macs, shape, bits, activation_bits)
+                for bits, share in shares.items()
             )
         for entry in self._by_pair.get((weight_bits, activation_bits), ()):
             if entry.fits(kind, macs, shape):

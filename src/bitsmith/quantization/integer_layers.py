@@ -29,9 +29,9 @@ from bitsmith.quantization.bits import Width, in_words
 class Form:
     """What a reader must know of a site besides its tensors.
 
-    bits: one width, or one for each output channel of a weight; grid: one, or then one for each of these widths,
-    ascending. shape: of a weight. dynamic: an activation whose scale is the min-max of each tensor as it comes, over
-    all of it, over its last axis (token, group) or over all axes but ``axis`` (channel).
+    bits: one width, or one for each output channel of a weight; grid: one, or then one for each of these
+    widths, ascending. shape: of a weight. dynamic: an activation whose scale is the min-max of each tensor
+    as it comes, over all of it, over its last axis (token, group) or over all axes but ``axis`` (channel).
     """
 
     bits: Width
@@ -44,19 +44,24 @@ class Form:
 
     @property
     def runs(self) -> list[tuple[int, tuple[int, int, float], Any]]:
-        """(width, bounds of its grid, index of the channels that have it), ascending: one run for one width."""
+        """(width, bounds of its grid, index of the channels that have it), ascending: one run for one
+        width."""
         if isinstance(self.bits, int):
             assert isinstance(self.grid, str)
             return [(self.bits, bounds(self.grid, self.bits), slice(None))]
         widths = sorted(set(self.bits))
-        grids = dict(zip(widths, self.grid if isinstance(self.grid, tuple) else [self.grid] * len(widths), strict=True))
+        grids = dict(
+            zip(widths, self.grid if isinstance(self.grid, tuple) else [self.grid] * len(widths), strict=True)
+        )
         each = torch.tensor(self.bits)
         return [(b, bounds(grids[b], b), (each == b).nonzero().flatten()) for b in widths]
 
     def __str__(self) -> str:
         size = f" of {self.group_size}" if self.group_size else ""
         grid = self.grid if isinstance(self.grid, str) else " and ".join(dict.fromkeys(self.grid))
-        return f"{in_words(self.bits)} bits, {grid}, per {self.granularity}{size}" + ", dynamic" * self.dynamic
+        return (
+            f"{in_words(self.bits)} bits, {grid}, per {self.granularity}{size}" + ", dynamic" * self.dynamic
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; defaults left out."""
@@ -94,7 +99,9 @@ class PackedWeight(nn.Module):
         """The stored codes, int16 in the weight's shape."""
         runs, length = self.form.runs, math.prod(self.shape[1:])
         rows = [self.shape[0] if isinstance(at, slice) else len(at) for *_, at in runs]
-        found = unpack_runs(self.codes, [(b, n * length, low) for (b, (low, _, _), _), n in zip(runs, rows, strict=True)])
+        found = unpack_runs(
+            self.codes, [(b, n * length, low) for (b, (low, _, _), _), n in zip(runs, rows, strict=True)]
+        )
         if len(runs) == 1:
             return found[0].view(self.shape)
         codes = found[0].new_empty(self.shape)

@@ -22,8 +22,8 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class PlannedSite:
-    """The decision for one site. bits: one width, or one for each output channel of a weight; grid, granularity,
-    group_size: as trained; scale_dtype: as stored."""
+    """The decision for one site. bits: one width, or one for each output channel of a weight; grid,
+    granularity, group_size: as trained; scale_dtype: as stored."""
 
     kind: str
     bits: Width
@@ -142,7 +142,11 @@ def _planned(quantizer: Quantizer, bits: Width | None) -> PlannedSite:
                 got=missing[0],
                 expected=listing(sorted(set(candidates))),
             )
-        row = candidates.index(bits) if isinstance(bits, int) else torch.tensor([candidates.index(b) for b in bits])
+        row = (
+            candidates.index(bits)
+            if isinstance(bits, int)
+            else torch.tensor([candidates.index(b) for b in bits])
+        )
     at, grids = quantizer.levels(row), set(quantizer.grids(row).values())
     return PlannedSite(
         kind=quantizer.kind,
@@ -173,8 +177,8 @@ class CommitReport:
 
 
 def commit(model: nn.Module, plan: Plan | Mapping[str, int | Sequence[int]]) -> CommitReport:
-    """Set the decided widths. Every tensor keeps its shape and every key its name; but where a site of one width takes
-    a width per channel, or back, the buffers that say so change theirs.
+    """Set the decided widths. Every tensor keeps its shape and every key its name; but where a site of one
+    width takes a width per channel, or back, the buffers that say so change theirs.
 
     Raises SiteError where plan and model do not have the same sites, SchemeError for a width that a site's
     grid has not, or a list that does not fit it, TargetError for a pair of widths that the target does not

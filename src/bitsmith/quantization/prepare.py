@@ -78,7 +78,9 @@ class Coverage:
         lines = [
             f"{len(self.sites)} sites; {self.quantized_share:.1%} of {self.parameters:,} parameters quantized"
         ]
-        lines += [f"  {s.name:<{width}}  {in_words(s.bits)} bits  {s.grid}, per {s.granularity}" for s in self.sites]
+        lines += [
+            f"  {s.name:<{width}}  {in_words(s.bits)} bits  {s.grid}, per {s.granularity}" for s in self.sites
+        ]
         lines += [f"  float: {reason} ({', '.join(names)})" for reason, names in why.items()]
         return "\n".join(lines)
 

@@ -1,9 +1,9 @@
 """The quantizer: the module at a site. A float tensor goes in, a representable float tensor comes out.
 
-Its state, a row for each candidate width, is rows.Rows; the scale of a row is base_scale * 2^range: positive by
-construction, weight decay pulls it to its calibration, and exp2 is equal eager and compiled. The bit-width
-(quantization.bits) names the rows in play, for the whole tensor or channel by channel; nothing here asks which kind
-of bit-width it is.
+Its state, a row for each candidate width, is rows.Rows; the scale of a row is base_scale * 2^range:
+positive by construction, weight decay pulls it to its calibration, and exp2 is equal eager and compiled.
+The bit-width (quantization.bits) names the rows in play, for the whole tensor or channel by channel;
+nothing here asks which kind of bit-width it is.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ class Quantizer(Rows):
         axis: int = 0,
         seq_allowed: bool = True,
     ) -> None:
-        super().__init__(
-            name, kind, scheme, channels=channels, view=view, axis=axis, seq_allowed=seq_allowed
-        )
+        super().__init__(name, kind, scheme, channels=channels, view=view, axis=axis, seq_allowed=seq_allowed)
         # Element noise is a hash of this seed and the index; `redraw` moves it between steps.
         self.register_buffer(
             "seed", torch.zeros(1, dtype=torch.int64) if scheme.estimator == "stochastic" else None
@@ -114,6 +112,7 @@ class Quantizer(Rows):
     def _between(self, v: Tensor, rows: Tensor, share: Tensor) -> Tensor:
         """v on one grid between the rows: level bounds and log scale are the shares' mean. In plain autograd,
         as bounds and scale both carry the shares' gradient."""
+
         def mean(of: Tensor) -> Tensor:
             if share.ndim == 1:
                 return (share.view(-1, 1) * of.index_select(0, rows)).sum(0)

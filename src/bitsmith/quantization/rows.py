@@ -1,9 +1,9 @@
 """Rows: what a quantizer keeps of each candidate width, and all that happens to it outside of forward.
 
 K rows, one per candidate width (a fixed width has K = 1): a learnable `range` that starts at 0, a calibrated
-`base_scale`, and the levels `low` .. `high` (+ `half_step`) of the row's grid, all (K, C) for C scales. The scale is
-base_scale * 2^range. Here rows are made, calibrated, committed, dropped and read; quantizer.Quantizer computes with
-them.
+`base_scale`, and the levels `low` .. `high` (+ `half_step`) of the row's grid, all (K, C) for C scales. The
+scale is base_scale * 2^range. Here rows are made, calibrated, committed, dropped and read;
+quantizer.Quantizer computes with them.
 
 Differences from the well-known implementations: no "initialised" flag and no state born in forward (an
 uncalibrated site has base_scale NaN, gives NaN, and is refused by `check_calibrated`); low and high are
@@ -33,8 +33,8 @@ BUFFERS = ("base_scale", "zero_point", "low", "high", "half_step")
 class Levels(NamedTuple):
     """The row in play, ready to be stored: tensors broadcast against the blocks of x.
 
-    A stored code c (low <= c <= high, integer) has the value scale * (c - zero_point + half). Where channels have
-    widths of their own, low, high and half are tensors.
+    A stored code c (low <= c <= high, integer) has the value scale * (c - zero_point + half). Where
+    channels have widths of their own, low, high and half are tensors.
     """
 
     bits: Width
@@ -153,16 +153,19 @@ class Rows(nn.Module):
         return bool(self.levels().zero_point.any())
 
     def grids(self, row: int | Tensor | None = None) -> dict[int, str]:
-        """Width -> grid of the row in play, or of another, ascending; one where all channels share a width."""
+        """Width -> grid of the row in play, or of another, ascending; one where all channels share a
+        width."""
         at = self.levels(row)
         if isinstance(at.bits, int):
             return {at.bits: _grid_name(at.low, at.high, at.half, at.zero_point)}
         first = {bits: at.bits.index(bits) for bits in sorted(set(at.bits))}
-        return {bits: _grid_name(at.low[c], at.high[c], at.half[c], at.zero_point) for bits, c in first.items()}
+        return {
+            bits: _grid_name(at.low[c], at.high[c], at.half[c], at.zero_point) for bits, c in first.items()
+        }
 
     def grid_name(self, row: int | Tensor | None = None) -> str:
-        """The grid of the row in play, or of another, in words; `auto` where channels of different widths have
-        different ones, which they only do by its rule."""
+        """The grid of the row in play, or of another, in words; `auto` where channels of different widths
+        have different ones, which they only do by its rule."""
         names = set(self.grids(row).values())
         return names.pop() if len(names) == 1 else "auto"
 
@@ -174,7 +177,10 @@ class Rows(nn.Module):
             low, high = 0, 1  # an activation of one bit is on or off: {-1, 0} would hold negatives only
         with torch.no_grad():
             self.zero_point[row, at] = zero_point
-            self.low[row, at], self.high[row, at] = low - self.zero_point[row, at], high - self.zero_point[row, at]
+            self.low[row, at], self.high[row, at] = (
+                low - self.zero_point[row, at],
+                high - self.zero_point[row, at],
+            )
             if half and self.half_step is None:  # no other row of this site has one
                 each = self.bits.candidates.ndim > 1
                 self.half_step = torch.zeros_like(self.low if each else self.low[:, :1])
@@ -215,7 +221,12 @@ class Rows(nn.Module):
             scale = scale.clamp(min=1e-8)
         else:
             scale, zero_point = calibrate_values(
-                scheme.calibration, values, float(lowest), float(highest), half, asymmetric=grid == "asymmetric"
+                scheme.calibration,
+                values,
+                float(lowest),
+                float(highest),
+                half,
+                asymmetric=grid == "asymmetric",
             )
         self._set_bounds(row, grid, width, zero_point, at)
         self.base_scale[row, at] = scale
@@ -227,8 +238,8 @@ class Rows(nn.Module):
         """Give the site another bit-width, with a row for each candidate; before an optimizer is made.
 
         The rows of a ``weight`` are calibrated here, those of an activation wait for `calibrate`. Raises
-        SiteError where a method owns the bits already, SchemeError where the grid has no such width, or the site
-        no widths per channel.
+        SiteError where a method owns the bits already, SchemeError where the grid has no such width, or the
+        site no widths per channel.
         """
         if type(self.bits) is not FixedBits:
             raise SiteError(
@@ -265,7 +276,8 @@ class Rows(nn.Module):
                 "the candidates of this site do not hold these widths per channel",
                 where=self.name,
                 got=in_words(bits),
-                expected=f"{listing(map(str, candidates))}, " + ("per channel" if missing else "one for all channels"),
+                expected=f"{listing(map(str, candidates))}, "
+                + ("per channel" if missing else "one for all channels"),
                 remedy="Prepare a fresh model with the plan",
             )
 
@@ -290,10 +302,10 @@ class Rows(nn.Module):
 
     @torch.no_grad()
     def commit(self, bits: int | Sequence[int], x: Tensor | None = None) -> bool:
-        """Fix the width, or one width per channel. Where no row has it, the nearest row is made over: weights (x)
-        calibrate anew, activations stretch their step to the same range. Returns whether the width was a
-        trained one. Raises SchemeError where the grid has no such width, SiteError where channels cannot choose
-        among the rows."""
+        """Fix the width, or one width per channel. Where no row has it, the nearest row is made over:
+        weights (x) calibrate anew, activations stretch their step to the same range. Returns whether the
+        width was a trained one. Raises SchemeError where the grid has no such width, SiteError where
+        channels cannot choose among the rows."""
         self.check_commit(bits if isinstance(bits, int) else tuple(bits))
         bits, mixed = one_or_each(bits), self.bits.candidates.ndim > 1
         if isinstance(bits, tuple) and len(self.bits.candidates) > 1:

@@ -24,8 +24,8 @@ FLOAT = 32  # bits that mean: leave the site in float
 class Scheme:
     """How a tensor is quantized.
 
-    bits         1..8, or 32 to leave the site in float; of a weight per channel also a list of 1..8, one width for
-                 each output channel
+    bits         1..8, or 32 to leave the site in float; of a weight per channel also a list of 1..8, one
+                 width for each output channel
     granularity  what shares a scale: tensor, channel, group (of ``group_size``), token (activations, dynamic)
     grid         numerics.grid; auto: `seq` for weights of 1-2 bits where the target holds it and `symmetric`
                  above; for activations what calibration sees: `unsigned` without negative values,

@@ -28,8 +28,9 @@ class Target:
     weight_containers      bits of a code -> bits that it takes in the file
     weight_granularities, activation_granularities, grids, activation_ranges: what it can hold
     runs                   what runs the file, for people
-    channel_widths         where the output channels of one weight have widths of their own: "own", each channel is
-                           stored at its width; "widest", all in the container of the widest; "none", refused
+    channel_widths         where the output channels of one weight have widths of their own: "own", each
+                           channel is stored at its width; "widest", all in the container of the widest;
+                           "none", refused
     pairs                  (weight, activation) widths that it can multiply; None: all. A float operand is no
                            matter of the target's
     shared                 sites that must have one width (cost_table.shared_from)
@@ -55,7 +56,8 @@ class Target:
         return self.pairs is None or all(FLOAT in (b, second) or (b, second) in self.pairs for b in widths)
 
     def weight_bits(self, elements: int, bits: int | Sequence[int]) -> int:
-        """Bits that the codes of a weight of ``elements`` take in the file at ``bits``, one or one per channel."""
+        """Bits that the codes of a weight of ``elements`` take in the file at ``bits``, one or one per
+        channel."""
         held = [self.weight_containers.get(b, 8) for b in ([bits] if isinstance(bits, int) else bits)]
         if self.channel_widths != "own":
             held = [max(held)]
@@ -89,7 +91,8 @@ class Target:
                 f"target {self.name} holds one width for all channels of a weight",
                 where=f"{site}.bits",
                 got=f"{len(widths)} widths",
-                remedy="Give one width, or choose a target whose channel_widths are own or widest, such as native",
+                remedy="Give one width, or choose a target that holds channels at widths of their own, "
+                "such as native",
             )
         multiplied = {bits for pair in self.pairs or () for bits in pair}
         for bits in widths:

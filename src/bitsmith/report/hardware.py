@@ -47,7 +47,9 @@ def profile(run: Run) -> list[Row]:
         widths = (layer.weight_bits, layer.activation_bits)
         first, second = (float(FLOAT_BITS) if bits is None else bits for bits in widths)
         each = layer.channel_bits or (first,)
-        for bits in sorted(set(each)):  # channels have equal shares of the products, and of the bytes by their bits
+        for bits in sorted(
+            set(each)
+        ):  # channels have equal shares of the products, and of the bytes by their bits
             share = each.count(bits) / len(each)
             add((bits, second), share * (layer.macs or 0), share * bits / first * (layer.weight_bytes or 0))
     rest = (run.cost("weight_bytes") or 0) - sum(size for _, size in found.values())

@@ -30,8 +30,9 @@ EXPORTED_FILES = {"native": "model/model.safetensors", "onnx": "model.onnx", "gg
 class Layer:
     """One multiplying layer. Bits are None where it has no such operand, 32 where that stays in float.
 
-    Of a product of two activations, `weight_bits` is the left operand's, `activation_bits` the right one's. Where
-    output channels have widths of their own, `weight_bits` is their mean and `channel_bits` has them all.
+    Of a product of two activations, `weight_bits` is the left operand's, `activation_bits` the right one's.
+    Where output channels have widths of their own, `weight_bits` is their mean and `channel_bits` has them
+    all.
     """
 
     name: str
@@ -281,7 +282,11 @@ def _layer(entry: Mapping[str, Any]) -> Layer:
 
 
 def _each(bits: Any) -> tuple[float, ...]:
-    return tuple(float(width) for width in bits) if isinstance(bits, list) and mean_bits(bits) is not None else ()
+    return (
+        tuple(float(width) for width in bits)
+        if isinstance(bits, list) and mean_bits(bits) is not None
+        else ()
+    )
 
 
 def _layers(metrics: Mapping[str, Any], plan: Mapping[str, Any]) -> tuple[Layer, ...]:
