@@ -20,7 +20,8 @@ from bitsmith.quantization import (
     prepare,
     uniform_plan,
 )
-from bitsmith.quantization.budget import float_cost, limits, used
+from bitsmith.quantization.budget import limits
+from bitsmith.quantization.cost_kinds import float_cost, used
 from bitsmith.tasks.models import build
 from tests.quantization.networks import network, random_network
 from tests.quantization.test_allocate import CHAIN, NPU, WIDTHS

@@ -27,6 +27,7 @@ from bitsmith.quantization.knapsack import Program, classes_of
 from bitsmith.quantization.overspent import overspent
 
 CUTS = 32  # plans that the solver let over by its tolerance and that are then forbidden one by one
+ROUNDED_CUTS = 128  # the same, where codes of groups of channels are rounded up to bytes
 TIGHTEN = 1e-6  # relative, beyond that
 
 
@@ -54,11 +55,11 @@ def allocate(
     """Choose one candidate for every free site of ``cost`` so that the values sum to the most within all
     budgets.
 
-    value: free site -> one number for each of its candidates, in their order. shared: groups of sites that
-    must have one width, besides those that the target and the tables name. fill: share of what the dearest
-    plan within the budgets uses (of the budget that it comes nearest to) that the chosen one uses at least: a
-    value learned from few steps undervalues bits. time_limit: seconds, after which
-    the best plan so far is returned with its ``gap``; gap: relative, at which to stop.
+    value: free site (or group of channels) -> one number for each of its candidates, in their order.
+    shared: groups of sites that must have one width, besides those that the target and the tables name.
+    fill: share of what the dearest plan within the budgets uses (of the budget that it comes nearest to)
+    that the chosen one uses at least: a value learned from few steps undervalues bits. time_limit: seconds,
+    after which the best plan so far is returned with its ``gap``; gap: relative, at which to stop.
 
     Raises BudgetError where no plan fits (with the cheapest plan and what holds it up) or the time was too
     short for any, SiteError where value or shared do not fit the sites.
@@ -81,14 +82,14 @@ def allocate(
         bits, used = found.bits, cost.exact(found.bits)
         if all(used[kind] <= limit for kind, limit in limits.items()):
             break
-        if len(cuts) < CUTS:
+        if len(cuts) < (ROUNDED_CUTS if program.rounding else CUTS):
             cuts.append(bits)
         else:
             slack += TIGHTEN
     total = math.fsum(value[site][cost.candidates[site].index(bits[site])] for site in cost.sites)
     spread = program.spread(objective)
     return Allocation(
-        bits={site: bits[site] for site in cost.cost.present},
+        bits=cost.joined(bits),
         value=total,
         gap=max(bound - found.value, 0.0) / max(abs(total), spread) if spread else 0.0,
         used=used,
@@ -103,7 +104,7 @@ def _floors(cost: BudgetCost, program: Program, limits: Mapping[str, float], fil
         # Less than all, as the solver may be over by its tolerance; a peak has no row that could hold it up.
         found = program.solve(program.costs[kind], {**limits, kind: limit * (1 - TIGHTEN)})
         if found is not None and kind != "activation_bytes":
-            dearest[kind] = cost.exact(found.bits)[kind]
+            dearest[kind] = min(cost.exact(found.bits)[kind], limit)
     if not dearest:
         return {}
     kind = max(dearest, key=lambda kind: dearest[kind] / limits[kind])
@@ -130,7 +131,7 @@ def uniform_plan(cost: BudgetCost) -> dict[str, Width]:
             for layer in cost.cost.layers
         )
         if possible and all(used <= limits[kind] for kind, used in cost.exact(bits).items()):
-            return {site: bits[site] for site in cost.cost.present}
+            return cost.joined(bits)
     raise overspent(cost, Program(cost, classes), limits, uniform=True)
 
 

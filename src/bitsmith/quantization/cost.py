@@ -29,7 +29,7 @@ from bitsmith.quantization.trace import trace
 
 FLOAT_BYTES = 4
 
-# site -> bits: int, float or a scalar tensor; where channels have widths of their own, a sequence or tensor (C,)
+# site -> bits: int, float or a scalar tensor; of channels with widths of their own a sequence or tensor (C,)
 Bits = Mapping[str, Any]
 
 
@@ -56,7 +56,8 @@ class LayerCost:
 
     operands: the names of its two sites (sites that stay in float have no quantizer and count 32 bits).
     weight_elements, weight_scales, weight_zero_points: 0 for a MatMul, and for a tied weight the second time.
-    activation_elements: site -> elements of the tensor.
+    activation_elements: site -> elements of the tensor. part_of: the MACs of the whole layer, where this is
+    the part of one group of its output channels (channel_groups).
     """
 
     name: str
@@ -69,6 +70,12 @@ class LayerCost:
     bias_elements: int
     activation_elements: Mapping[str, int]
     weight_shape: tuple[int, ...] = ()
+    part_of: int = 0
+
+    @property
+    def layer_macs(self) -> int:
+        """MACs of the whole layer: what a table of costs goes by."""
+        return self.part_of or self.macs
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,7 @@ class CostModel:
         if isinstance(width, int) and width == FLOAT:
             return fixed + FLOAT_BYTES * layer.weight_elements
         fixed += FLOAT_BYTES * (layer.weight_scales + layer.weight_zero_points)
-        if not is_whole(width):
+        if not is_whole(width) or layer.part_of:
             return fixed + times(layer.weight_elements, width) / 8
         width = int(width) if isinstance(width, float) else width
         return fixed + math.ceil(self.target.weight_bits(layer.weight_elements, width) / 8)

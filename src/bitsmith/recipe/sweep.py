@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from bitsmith.errors import BudgetError, FormatError, RecipeError
 from bitsmith.files import read_json, write_json
 from bitsmith.quantization import Plan
-from bitsmith.quantization.budget import BudgetCost, float_cost
+from bitsmith.quantization.budget import BudgetCost
+from bitsmith.quantization.cost_kinds import float_cost
 from bitsmith.recipe import competition
 from bitsmith.recipe.baseline import float_model, lend
 from bitsmith.recipe.directory import load_stage, open_run
