@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from bitsmith.errors import BudgetError, SiteError, TargetError
 from bitsmith.quantization import TARGETS, Budget, BudgetCost, allocate, uniform_plan
 from bitsmith.quantization.bits import one_or_each
-from bitsmith.quantization.cost_kinds import used
+from bitsmith.quantization.cost_kinds import used as cost_of
 from bitsmith.quantization.liveness import Liveness, LiveTensor
 from tests.quantization.networks import network, random_network, total
 
@@ -240,24 +240,17 @@ def test_groups_of_channels_are_chosen_one_by_one_as_well_as_by_brute_force(
     possible = []
     for bits in itertools.product(*(cost.candidates[name] for name in cost.sites)):
         plan = dict(zip(cost.sites, bits, strict=True))
-        together = [cost.names(site) for site in ("w0", "w1")]
-        if len(together[0]) != len(together[1]):
-            together = [sum(together, ())]
-        if (
-            shared
-            and any(len({plan[n] for n in names}) > 1 for names in zip(*together))
-            and len(together) > 1
-        ):
-            continue
-        if shared and len(together) == 1 and len({plan[n] for n in together[0]}) > 1:
+        first, second = (cost.names(site) for site in ("w0", "w1"))
+        tied = list(zip(first, second, strict=True)) if len(first) == len(second) else [(*first, *second)]
+        if shared and any(len({plan[name] for name in names}) > 1 for names in tied):
             continue
         worth = sum(values[n][cost.candidates[n].index(plan[n])] for n in cost.sites)
-        whole = {site: 8 for site in model.present} | {"x0": plan["x0"]}
+        whole = dict.fromkeys(model.present, 8) | {"x0": plan["x0"]}
         for site, sizes in groups.items():
             whole[site] = tuple(
                 plan[name] for name, n in zip(cost.names(site), sizes, strict=True) for _ in range(n)
             )
-        amounts = [float(used(model, kind, whole, cost.tables.get(kind))) for kind in cost.kinds]
+        amounts = [float(cost_of(model, kind, whole, cost.tables.get(kind))) for kind in cost.kinds]
         possible.append((worth, amounts, whole))
     for b in range(len(cost.kinds)):
         amounts = sorted(amounts[b] for _, amounts, _ in possible)

@@ -33,10 +33,12 @@ TIGHTEN = 1e-6  # relative, beyond that
 
 @dataclass(frozen=True)
 class Allocation:
-    """bits: every site, fixed ones included; value: of the free sites; gap: how much better, relative to the
+    """bits: every site, fixed ones included; choices: the same with groups of channels by themselves;
+    value: of the free sites; gap: how much better, relative to the
     value, another plan could be at most (0: proven best); used, limits: kind -> cost and limit, absolute."""
 
     bits: dict[str, Width]
+    choices: dict[str, Width]
     value: float
     gap: float
     used: dict[str, Any]
@@ -90,6 +92,7 @@ def allocate(
     spread = program.spread(objective)
     return Allocation(
         bits=cost.joined(bits),
+        choices=dict(bits),
         value=total,
         gap=max(bound - found.value, 0.0) / max(abs(total), spread) if spread else 0.0,
         used=used,

@@ -70,7 +70,7 @@ class BitWidth(nn.Module):
         alone."""
         raise TypeError(f"{type(self).__name__} must say how it commits")
 
-    def width(self) -> Width:
+    def whole(self) -> Width:
         """The expected bits in whole numbers."""
         bits: int | list[int] = self.expected().int().tolist()
         return one_or_each(bits)

@@ -70,7 +70,8 @@ class Categorical(BitWidth):
 
     @torch.no_grad()
     def draw(self, noise: Tensor, temperature: Tensor, rows: Sequence[int]) -> None:
-        """What the next forward uses: Gumbel ``noise`` (G, >= K), or the row drawn with it for each of G groups."""
+        """What the next forward uses: Gumbel ``noise`` (G, >= K), or the row drawn with it for each of G
+        groups."""
         self.temperature.copy_(temperature)
         if self.mode == "sampled":
             self.rows.fill_(rows[0])
@@ -159,7 +160,8 @@ class _Drawn(torch.autograd.Function):
 
 
 class _DrawnByGroup(torch.autograd.Function):
-    """`_Drawn` of each group, seen by each channel: ones (1, C); a group receives the sum over its channels."""
+    """`_Drawn` of each group, seen by each channel: ones (1, C); a group receives the sum over its
+    channels."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, rows: Tensor, group: Tensor, gain: float, temperature: Tensor) -> Tensor:  # type: ignore[no-untyped-def]

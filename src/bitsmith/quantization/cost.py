@@ -232,7 +232,7 @@ def measure(model: nn.Module, example: Any, target: str | Target | None = None) 
             other += FLOAT_BYTES * quantizer.range.shape[1] * stored
     return CostModel(
         layers=tuple(layers),
-        present={name: q.bits.width() for name, q in quantizers.items()},
+        present={name: q.bits.whole() for name, q in quantizers.items()},
         float_macs=found.float_macs,
         other_bytes=other,
         float_bytes=_bytes({id(t): t for t in plain.values()}),

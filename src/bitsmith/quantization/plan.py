@@ -131,7 +131,7 @@ def plan_of(
 def _planned(quantizer: Quantizer, bits: Width | None) -> PlannedSite:
     row: int | Tensor | None = None
     one_row = len(quantizer.bits.candidates) == 1
-    if bits is not None and not (one_row and bits == quantizer.bits.width()):
+    if bits is not None and not (one_row and bits == quantizer.bits.whole()):
         candidates = quantizer.bits.candidates.int().flatten().tolist()
         bits = one_or_each(bits)
         missing = [b for b in ([bits] if isinstance(bits, int) else bits) if b not in candidates]

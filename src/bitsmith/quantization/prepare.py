@@ -292,7 +292,7 @@ def coverage(model: nn.Module) -> Coverage:
                 CoveredSite(
                     name,
                     quantizer.kind,
-                    quantizer.bits.width(),
+                    quantizer.bits.whole(),
                     quantizer.grid_name(),
                     quantizer.scheme.granularity,
                     elements,

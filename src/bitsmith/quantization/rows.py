@@ -312,7 +312,7 @@ class Rows(nn.Module):
             self.bits.commit(bits)
             return True
         if isinstance(bits, tuple) or mixed:
-            if bits == self.bits.width():
+            if bits == self.bits.whole():
                 return True
             assert x is not None
             self.bits.commit(bits)

@@ -15,6 +15,7 @@ from typing import Any
 from bitsmith.errors import FormatError, TargetError, listing, nearest
 from bitsmith.files import read_json
 from bitsmith.numerics.blocks import GRANULARITIES
+from bitsmith.quantization.bits import in_words
 from bitsmith.quantization.cost_table import BUILT_IN, CostTable, Shared, shared_from, unknown
 from bitsmith.quantization.scheme import CHOICES, FLOAT, Scheme
 
@@ -63,13 +64,13 @@ class Target:
             held = [max(held)]
         return elements // len(held) * sum(held)
 
-    def check_pair(self, first: str, second: str, widths: tuple[int, int]) -> None:
+    def check_pair(self, first: str, second: str, widths: tuple[Any, Any]) -> None:
         """Raise TargetError where it has no product of the sites ``first`` and ``second`` at these widths."""
         if not self.multiplies(*widths):
             raise TargetError(
                 f"target {self.name} does not multiply this pair of widths",
                 where=f"{first} x {second}",
-                got=f"{widths[0]} x {widths[1]} bits",
+                got=f"{in_words(widths[0])} x {in_words(widths[1])} bits",
                 expected=listing(f"{a} x {b}" for a, b in self.pairs or ()),
                 remedy="Give these sites the bits of a pair that it lists, by the schemes or an override",
             )

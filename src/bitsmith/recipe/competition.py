@@ -54,7 +54,7 @@ def start(search: Any, model: nn.Module, data: Data, seed: int) -> None:
     batches = [(to_float(data.train_x[part]), data.train_y[part]) for part in rows.split(BATCH)]
     weights = [name for name, quantizer in sites(model).items() if quantizer.kind == "weight"]
     scores = after_training(sensitivity(model, batches, F.cross_entropy), weights)
-    search.start_at({name: -scores[name] for name in search.cost.sites})
+    search.start_at({name: -score for name, score in scores.items()})
 
 
 def nearest_rounding(search: Any, model: nn.Module) -> nn.Module:
@@ -115,5 +115,5 @@ def budget_entries(search: Any, bits: Mapping[str, Width]) -> list[dict[str, Any
 
 def describe_uniform(bits: Mapping[str, Width], search: Any) -> str:
     """The width of a uniform plan in words, such as "3 x 3"."""
-    widths = sorted({str(bits[name]) for name in search.cost.sites})
+    widths = sorted({str(bits[name]) for name in search.widths})
     return " or ".join(f"{b} x {b}" for b in widths)

@@ -128,7 +128,7 @@ class Sites:
                 raise RecipeError(
                     "sites are scored at one width for all channels",
                     where=f"{recipe.plan or 'quantize.overrides'}: {name}",
-                    got=f"{in_words(q.bits.width())} bits",
+                    got=f"{in_words(q.bits.whole())} bits",
                     remedy="Give the site one width, or leave the plan out",
                 )
         self.own = {name: int(q.bits.expected()) for name, q in quantizers.items()}
