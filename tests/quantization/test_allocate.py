@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -294,6 +295,17 @@ def test_a_byte_that_two_groups_share_is_counted_once() -> None:
     assert found.used == {"weight_bytes": rest + 5}
     cost = BudgetCost(model, Budget(weight_bytes=rest + 4), {"w": (3, 5)}, {"w": (3, 5)})
     assert allocate(cost, {"w[0:3]": [1.0, 0.0], "w[3:8]": [0.0, 1.0]}).bits["w"] == 3
+
+
+def test_groups_are_counted_in_the_containers_of_the_target() -> None:
+    wide = dataclasses.replace(TARGETS["native"], name="wide", weight_containers={2: 4, 4: 4, 8: 8})
+    model = network([("w", "x", 8, 8)], target=wide)
+    rest = model.weight_bytes({"w": 8}) - 8
+    assert model.weight_bytes({"w": (2, 2, 4, 4, 4, 4, 8, 8)}) == rest + 5
+    cost = BudgetCost(model, Budget(weight_bytes=rest + 6), {"w": (2, 4, 8)}, {"w": (4, 4)})
+    assert cost.expected(torch.tensor([[1.0, 0, 0], [0, 0, 1.0]])).item() == rest + 6
+    found = allocate(cost, {"w[0:4]": [0.0, 1.0, 1.5], "w[4:8]": [0.0, 1.0, 2.0]})
+    assert (found.bits["w"], found.used["weight_bytes"]) == ((4, 4, 4, 4, 8, 8, 8, 8), rest + 6)
 
 
 def test_groups_are_named_where_a_budget_is_overspent() -> None:

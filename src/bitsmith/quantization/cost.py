@@ -122,10 +122,11 @@ class CostModel:
         if isinstance(width, int) and width == FLOAT:
             return fixed + FLOAT_BYTES * layer.weight_elements
         fixed += FLOAT_BYTES * (layer.weight_scales + layer.weight_zero_points)
-        if not is_whole(width) or layer.part_of:
+        if not is_whole(width):
             return fixed + times(layer.weight_elements, width) / 8
         width = int(width) if isinstance(width, float) else width
-        return fixed + math.ceil(self.target.weight_bits(layer.weight_elements, width) / 8)
+        held = self.target.weight_bits(layer.weight_elements, width) / 8
+        return fixed + (held if layer.part_of else math.ceil(held))
 
     def activation_bytes(self, bits: Bits) -> Any:
         """Peak bytes of the activations that live at one time, per sample; exact for integers."""

@@ -313,12 +313,13 @@ class Program:
 
     def _count_ragged(self) -> int:
         """Layers in groups whose codes, group by group, do not fill whole bytes."""
+        held, layers = self.cost.cost.target.weight_bits, self.cost.cost.layers
         return len(
             {
                 layer.name
-                for layer in self.cost.cost.layers
+                for layer in layers
                 if layer.part_of
-                and any(layer.weight_elements * w % 8 for w in self.cost.widths(layer.operands[0]))
+                and any(held(layer.weight_elements, w) % 8 for w in self.cost.widths(layer.operands[0]))
             }
         )
 

@@ -57,7 +57,8 @@ ADAPTED = 0.3  # share of a weight's score
 
 
 def after_training(scores: Mapping[str, Tensor], weights: Collection[str]) -> dict[str, Tensor]:
-    """``scores`` (site -> (K,), or of each channel (K, C)) made fit to choose widths for a model that will be trained; no longer losses.
+    """``scores`` (site -> (K,), or of each channel (K, C)) made fit to choose widths for a model that will
+    be trained; no longer losses.
 
     A score is the loss of a model that is rounded and left so. Training takes away most where most was lost:
     the levels of the sites (geometric means over their widths) move towards one another. And it moves
