@@ -112,18 +112,18 @@ class Quantizer(Rows):
     def _between(self, v: Tensor, rows: Tensor, share: Tensor) -> Tensor:
         """v on one grid between the rows: level bounds and log scale are the shares' mean. In plain autograd,
         as bounds and scale both carry the shares' gradient."""
+        weights = share if share.ndim > 1 else share.view(-1, 1)
 
-        def mean(of: Tensor) -> Tensor:
-            if share.ndim == 1:
-                return (share.view(-1, 1) * of.index_select(0, rows)).sum(0)
-            return (share * of.expand(-1, share.shape[1]).gather(0, rows)).sum(0)
+        def shared(of: Tensor) -> Tensor:
+            own = of.index_select(0, rows) if rows.ndim == 1 else of.expand(-1, rows.shape[1]).gather(0, rows)
+            return weights * own
 
-        low, high = (mean(b).view(self.view) for b in (self.low, self.high))
-        scale = torch.exp2(mean(self.base_scale.log2() + self.range)).view(self.view)
+        low, high = (shared(b).sum(0).view(self.view) for b in (self.low, self.high))
+        scale = torch.exp2(shared(self.base_scale.log2() + self.range).sum(0)).view(self.view)
         half: Tensor | float = 0.0
         if self.half_step is not None:
-            half = mean(self.half_step)
-            half = half if share.ndim == 1 else half.view(self.view)
+            half = shared(self.half_step)
+            half = half.sum() if share.ndim == 1 else half.sum(0).view(self.view)
         u = v / scale - half
         return scale * (torch.clamp(u + (u.round() - u).detach(), low, high) + half)
 
