@@ -65,7 +65,8 @@ MEANING = {
     "matches nothing is an error",
     "quantize.first_last_bits": "bit-width of the first and the last layer, unless overridden; null: like all others",
     "quantize.calibration_samples": "training samples that ranges are calibrated on",
-    "scheme.bits": "1 to 8; 32 leaves the site in float",
+    "scheme.bits": "1 to 8; 32 leaves the site in float; of a weight per channel also a list, one width for each output "
+    "channel",
     "scheme.granularity": "what shares a scale; `token` is for activations with `range: dynamic`",
     "scheme.group_size": "values per group, with `granularity: group`",
     "scheme.grid": "which values a code stands for; `auto`: by bit-width and by what calibration sees",
@@ -145,13 +146,22 @@ it owns the grid: what it does not hold is refused by `prepare` (`bitsmith run -
 trained), and the codes that are trained are the codes that are exported.
 
 Bits in the file: a width that a format does not have is stored in the next wider container, exactly; the cost counts
-the container. Activations may have any width from 1 to 8 with every target; they are never stored.
+the container. Activations may have any width from 1 to 8 with every target; they are never stored. Where the output
+channels of a weight have widths of their own, a target stores each channel at its width, all in the container of the
+widest, or refuses it.
 
 These targets are built in. A device of your own is described in a JSON file, which is named wherever a target is: see
 [Targets of your own](custom_targets.md).
 
 This page is generated from `quantization/target.py` (`make docs`).
 """
+
+
+CHANNEL_WIDTHS = {
+    "own": "each channel is stored at its width",
+    "widest": "all channels of a weight are stored in the container of the widest",
+    "none": "refused",
+}
 
 
 def targets() -> str:
@@ -175,6 +185,7 @@ def target(one: Target) -> str:
             f"| Bits in the file |{sizes}",
             "",
             f"- Weights share a scale per {', '.join(one.weight_granularities)}; grids: {choices(one.weight_grids)}.",
+            f"- Widths per channel: {CHANNEL_WIDTHS[one.channel_widths]}.",
             f"- Activations share a scale per {', '.join(one.activation_granularities)}; ranges: {dynamic}.",
             "",
         ]

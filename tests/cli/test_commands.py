@@ -108,11 +108,14 @@ def test_a_dry_run_tells_sites_cost_and_time_and_writes_nothing(
 
 def test_a_plan_is_used_as_it_was_edited(bitsmith: Bitsmith, finished: Path, tmp_path: Path) -> None:
     plan = json.loads((finished / "plan.json").read_text())
-    plan["sites"]["conv3.weight"]["bits"] = 5
+    plan["sites"]["conv3.weight"] |= {"bits": [2, 4, 4, 8] * 4, "grid": "auto"}
     plan["sites"]["fc.input"]["bits"] = 6
     (tmp_path / "edited.json").write_text(json.dumps(plan))
     settings = ("--set", f"plan={tmp_path}/edited.json", "--set", "methods=[]")
     assert bitsmith("run", "--json", "--out", tmp_path / "run", *QUICK, *settings).code == 0
+    assert "2-8, 4.5 on average" in bitsmith("inspect", tmp_path / "run").out
+    assert "2-8, 4.5 on average" in bitsmith("inspect", tmp_path / "run" / "model").out
+    assert "2-8, 4.5 on average" in (tmp_path / "run" / "report.html").read_text()
     used = json.loads((tmp_path / "run" / "plan.json").read_text())["sites"]
     assert {name: site["bits"] for name, site in used.items()} == {
         name: site["bits"] for name, site in plan["sites"].items()

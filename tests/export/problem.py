@@ -36,6 +36,13 @@ class Small(nn.Module):
         return logits
 
 
+EACH = {  # widths per channel, of odd sizes too: a depthwise channel has nine values
+    "stem.weight": {"bits": [1, 2, 3, 4, 5, 6, 7, 8]},
+    "depthwise.weight": {"bits": [3, 3, 2, 5, 2, 3, 3, 2]},
+    "head.weight": {"bits": [2, 4, 2, 3, 2]},
+}
+
+
 def inputs(count: int = 64) -> Tensor:
     """(count, 2, 8, 8)."""
     return torch.randn(count, 2, 8, 8, generator=torch.Generator().manual_seed(1))

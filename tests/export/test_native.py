@@ -22,7 +22,7 @@ from bitsmith.quantization.observe import calibrate
 from bitsmith.quantization.prepare import prepare
 from bitsmith.quantization.scheme import Scheme
 from bitsmith.tasks.models import build
-from tests.export.problem import Small, inputs, prepared
+from tests.export.problem import EACH, Small, inputs, prepared
 
 CASES = {
     "1 bit": {"bits": 1},
@@ -33,6 +33,8 @@ CASES = {
     "asymmetric": {"bits": 4, "grid": "asymmetric"},
     "dynamic": {"bits": 4, "activations": Scheme(bits=8, granularity="token", range="dynamic")},
     "weight only": {"bits": 4, "activations": Scheme(bits=32)},
+    "channels": {"bits": 4, "overrides": EACH},
+    "channels, asymmetric": {"bits": 4, "grid": "asymmetric", "overrides": EACH},
 }
 
 
@@ -116,12 +118,28 @@ def test_a_tied_weight_is_stored_once_and_stays_tied(tmp_path: Path) -> None:
 
 
 def test_an_independent_reader_finds_the_codes(tmp_path: Path) -> None:
-    packed = finalize(prepared(bits=3), inputs())
+    packed = finalize(prepared(bits=3, overrides=EACH), inputs())
     stored = read_native(save(packed, tmp_path))
     for name, site in packed_sites(packed).items():
         if isinstance(site, PackedWeight):
             assert stored[name].codes.tolist() == site.integers().flatten().tolist()  # type: ignore[union-attr]
         assert stored[name].scale.tolist() == site.scale.flatten().tolist()  # type: ignore[union-attr]
+
+
+def test_channels_lie_in_the_file_at_their_own_width(tmp_path: Path) -> None:
+    """2-bit channels take 2 bits: the stream is theirs first, then that of the next width, without a gap."""
+    model = prepared(bits=4, overrides=EACH)
+    tensors, _ = load_tensors(save(finalize(model, inputs()), tmp_path) / "model.safetensors")
+    codes = model.head.weight_quantizer.codes(model.head.weight).long()
+    order = [(2, (0, 2, 4)), (3, (3,)), (4, (1,))]
+    number, place = 0, 0
+    for bits, channels in order:
+        for c in channels:
+            for code in codes[c].tolist():
+                number |= (code + 2 ** (bits - 1)) << place
+                place += bits
+    assert place == 12 * (2 + 4 + 2 + 3 + 2)
+    assert tensors["head.weight.codes"].tolist() == list(number.to_bytes((place + 7) // 8, "little"))
 
 
 # ---- wrong files
@@ -176,6 +194,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "bits": (lambda d: change_config(d, lambda c: weight(c).update(bits=7)), "not 7 bits each"),
     "9 bits": (lambda d: change_config(d, lambda c: weight(c).update(bits=9)), "impossible numbers"),
+    "widths": (
+        lambda d: change_config(d, lambda c: weight(c).update(bits=[2, 2, 3])),
+        "one for each of its 5",
+    ),
+    "other widths": (lambda d: change_config(d, lambda c: weight(c).update(bits=[2] * 4 + [3])), "not 2-3"),
+    "grids": (
+        lambda d: change_config(d, lambda c: weight(c).update(grid=["seq", "seq"])),
+        "2 grids for 1 widths",
+    ),
     "grid": (lambda d: change_config(d, lambda c: weight(c).update(grid="log")), "unknown kind"),
     "per tensor": (lambda d: change_config(d, lambda c: weight(c).update(granularity="tensor")), "5 scales"),
     "shape": (

@@ -16,7 +16,7 @@ from bitsmith.quantization.layers import MatMul
 from bitsmith.quantization.observe import calibrate
 from bitsmith.quantization.prepare import prepare
 from bitsmith.quantization.scheme import Scheme
-from tests.export.problem import inputs, prepared
+from tests.export.problem import EACH, inputs, prepared
 
 CASES = {
     "W2A2": {"bits": 2},
@@ -43,6 +43,8 @@ CASES = {
         "activations": Scheme(bits=8, granularity="token", range="dynamic"),
     },
     "W4": {"bits": 4, "activations": Scheme(bits=32)},
+    "W1-8 by channel": {"bits": 4, "overrides": EACH},
+    "W1-8 by channel, asymmetric": {"bits": 4, "grid": "asymmetric", "overrides": EACH},
 }
 
 

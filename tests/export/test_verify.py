@@ -63,9 +63,26 @@ def test_the_certificate_says_what_was_checked_and_what_was_not(
         }
         assert all(check["passed"] for check in entry["checks"])
         assert entry["activation_sites_compared"] == 10  # six inputs, two products of two operands
+        assert not entry["wider_containers"]
     weights = [m for m in models[1].modules() if isinstance(m, PackedWeight)]
     assert certificate["exports"]["onnx"]["codes"] == sum(w.shape.numel() for w in weights)
     assert certificate["exports"]["onnx"]["default_options"]["rows_within_tolerance"] == 1.0
+
+
+def test_the_certificate_names_what_lies_in_wider_containers(tmp_path: Path) -> None:
+    """ONNX has one type a tensor, and none of 3 bits; the codes are equal all the same."""
+    overrides = {"head.weight": {"bits": [2, 4, 2, 3, 2]}, "key.weight": {"bits": 3}}
+    trained = prepared(bits=4, overrides=overrides, target="onnxruntime")
+    packed = finalize(trained, X)
+    files = {"native": save(packed, tmp_path), "onnx": to_onnx(packed, tmp_path / "model.onnx", X[:2])}
+    exports = verify(trained, packed, files, X, Y)["exports"]
+    assert exports["native"]["wider_containers"] == {}
+    assert exports["onnx"]["wider_containers"] == {
+        "head.weight": "2-4, 2.6 on average bits in 4",
+        "key.weight": "3 bits in 4",
+    }
+    assert exports["onnx"]["codes_equal"]
+    assert exports["native"]["codes_equal"]
 
 
 def test_a_model_in_training_mode_is_verified_as_it_evaluates(

@@ -229,6 +229,8 @@ def test_bad_candidates_are_refused(candidates: tuple[int, ...]) -> None:
     ("option", "value"),
     [
         ("mode", "mixd"),
+        ("channel_groups", 0),
+        ("channel_groups", 2.5),
         ("search_share", 0.0),
         ("search_share", 1.1),
         ("temperature", (0.1, 1.0)),
@@ -254,3 +256,18 @@ def test_a_pattern_that_matches_nothing_is_an_error() -> None:
     prepare(model, Scheme(bits=4), Scheme(bits=4), first_last_bits=None)
     with pytest.raises(SiteError, match="nearest"):
         BudgetSearch({"bops": 0.5}, X[:1], sites=["3.weight"]).attach(model)
+
+
+def test_a_site_with_one_width_that_its_grid_holds_is_fixed_there() -> None:
+    model = network()
+    prepare(model, Scheme(bits=4, grid="balanced"), Scheme(bits=4), first_last_bits=None)
+    search = BudgetSearch({"bops": 0.02}, X[:1], candidates=(1, 2), sites=["2.*", "0.input"])
+    search.attach(model)  # a balanced grid has no width of one bit
+    calibrate(model, [X])
+    assert search.cost.sites == ("0.input", "2.input") == tuple(search.widths)
+    fit(model, search, 10)
+    assert search.plan().bits["2.weight"] == 2
+    model = network()
+    prepare(model, Scheme(bits=4, grid="balanced"), None, first_last_bits=None)
+    with pytest.raises(SchemeError, match="no site is left with two widths"):
+        BudgetSearch({"bops": 0.5}, X[:1], candidates=(1, 2)).attach(model)

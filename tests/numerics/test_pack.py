@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from bitsmith.numerics.pack import pack, packed_size, unpack
+from bitsmith.numerics.pack import pack, pack_runs, packed_size, unpack, unpack_runs
 from tests import strategies
 
 
@@ -68,3 +69,27 @@ def test_a_code_that_does_not_fit_is_refused(code: int) -> None:
 def test_a_truncated_or_longer_stream_is_refused(size: int) -> None:
     with pytest.raises(ValueError, match="take 3 bytes"):
         unpack(torch.zeros(size, dtype=torch.uint8), 3, 8, 0)
+
+
+# ---- runs of several widths
+
+
+@given(st.lists(strategies.codes(), min_size=1, max_size=5))
+def test_runs_are_one_little_endian_number_and_come_back(examples: list[tuple[Tensor, int, int]]) -> None:
+    runs = [(codes, bits, low) for codes, bits, low in examples]
+    packed = pack_runs(runs)
+    number, place = 0, 0
+    for codes, bits, low in runs:
+        for code in codes.long().reshape(-1).tolist():
+            number |= (code - low) << place
+            place += bits
+    assert packed.dtype == torch.uint8
+    assert packed.tolist() == list(number.to_bytes((place + 7) // 8, "little"))
+    found = unpack_runs(packed, [(bits, codes.numel(), low) for codes, bits, low in runs])
+    for (codes, _, _), again in zip(runs, found, strict=True):
+        assert torch.equal(again, codes.reshape(-1).to(torch.int16))
+
+
+def test_runs_of_another_length_are_refused() -> None:
+    with pytest.raises(ValueError, match="22 bits of codes take 3 bytes, got 4"):
+        unpack_runs(torch.zeros(4, dtype=torch.uint8), [(2, 5, -2), (4, 3, -8)])

@@ -4,13 +4,18 @@ import dataclasses
 import itertools
 import random
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitsmith.errors import BudgetError, SiteError, TargetError
 from bitsmith.quantization import TARGETS, Budget, BudgetCost, allocate, uniform_plan
+from bitsmith.quantization.bits import one_or_each
+from bitsmith.quantization.cost_kinds import used as cost_of
+from bitsmith.quantization.liveness import Liveness, LiveTensor
 from tests.quantization.networks import network, random_network, total
 
 CHAIN = [("a.weight", "a.input", 100, 50), ("b.weight", "b.input", 200, 80), ("c.weight", "c.input", 50, 20)]
@@ -189,3 +194,121 @@ def test_the_uniform_plan_says_that_mixed_widths_would_fit() -> None:
     cost = BudgetCost(network(CHAIN, target=npu), Budget(average_weight_bits=5.0), WIDTHS)
     with pytest.raises(BudgetError, match="Use allocate"):
         uniform_plan(cost)
+
+
+# ---- groups of channels
+
+
+def grouped(seed: int, target: str = "native", ragged: bool = True) -> tuple[Any, ...]:
+    """(cost model, candidates, groups, draw): three layers, the weights of two in groups of channels."""
+    draw = random.Random(seed)
+    layers, groups = [], {}
+    for i in range(3):
+        sizes = [draw.randint(1, 3) for _ in range(draw.choice((2, 2, 3) if i else (2,)))]
+        channels = sum(sizes)
+        each = draw.randint(1, 9) if ragged else 8
+        layers.append((f"w{i}", f"x{i}", channels * draw.randint(1, 20), channels * each))
+        if i < 2:
+            groups[f"w{i}"] = sizes
+    model = network(layers, Liveness((LiveTensor(9, ("x0", "x1")), LiveTensor(5, ())), ((0, 1),)), target)
+    choices = {site: sorted(draw.sample((2, 3, 4, 8), draw.randint(2, 3))) for site in ("w0", "w1", "x0")}
+    return model, choices, groups, draw
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10**6),
+    kinds=st.sets(
+        st.sampled_from(["bops", "weight_bytes", "activation_bytes", "average_weight_bits", "table"]),
+        min_size=1,
+        max_size=2,
+    ),
+    level=st.floats(0.0, 1.0),
+    share=st.booleans(),
+)
+def test_groups_of_channels_are_chosen_one_by_one_as_well_as_by_brute_force(
+    seed: int, kinds: set[str], level: float, share: bool
+) -> None:
+    """Plans by site, each group a decision, counted by the cost of the whole model."""
+    model, choices, groups, draw = grouped(seed)
+    budget = Budget(
+        **{kind: 1e12 for kind in kinds if kind != "table"},
+        tables=[{"table": "energy_45nm", "limit": 1e12}] if "table" in kinds else [],
+    )
+    cost = BudgetCost(model, budget, choices, groups)
+    values = {name: [round(draw.uniform(-5, 5), 3) for _ in cost.candidates[name]] for name in cost.sites}
+    shared = [["w0", "w1"]] if share and set(choices["w0"]) & set(choices["w1"]) else []
+    possible = []
+    for bits in itertools.product(*(cost.candidates[name] for name in cost.sites)):
+        plan = dict(zip(cost.sites, bits, strict=True))
+        first, second = (cost.names(site) for site in ("w0", "w1"))
+        tied = list(zip(first, second, strict=True)) if len(first) == len(second) else [(*first, *second)]
+        if shared and any(len({plan[name] for name in names}) > 1 for names in tied):
+            continue
+        worth = sum(values[n][cost.candidates[n].index(plan[n])] for n in cost.sites)
+        whole = dict.fromkeys(model.present, 8) | {"x0": plan["x0"]}
+        for site, sizes in groups.items():
+            whole[site] = tuple(
+                plan[name] for name, n in zip(cost.names(site), sizes, strict=True) for _ in range(n)
+            )
+        amounts = [float(cost_of(model, kind, whole, cost.tables.get(kind))) for kind in cost.kinds]
+        possible.append((worth, amounts, whole))
+    for b in range(len(cost.kinds)):
+        amounts = sorted(amounts[b] for _, amounts, _ in possible)
+        cost.limits[b] = max(amounts[int(level * (len(amounts) - 1))] - draw.choice((0, 0.5)), 0.1)
+    limits = cost.limits.tolist()
+    fitting = [w for w, amounts, _ in possible if all(u <= m for u, m in zip(amounts, limits, strict=True))]
+    if not fitting:
+        with pytest.raises(BudgetError):
+            allocate(cost, values, shared=shared)
+        return
+    found = allocate(cost, values, shared=shared)
+    assert found.value == pytest.approx(max(fitting), abs=1e-7)
+    assert found.gap <= 1e-9
+    assert set(found.bits) == set(model.present)
+    assert any(
+        list(found.used.values()) == amounts
+        for _, amounts, plan in possible
+        if {site: one_or_each(bits) for site, bits in plan.items()} == found.bits
+    )
+
+
+def test_a_plan_of_groups_is_a_list_of_widths_or_one() -> None:
+    cost = BudgetCost(
+        network([("w", "x", 80, 80)]), Budget(average_weight_bits=5), {"w": (2, 4, 8)}, {"w": (3, 5)}
+    )
+    assert cost.sites == ("w[0:3]", "w[3:8]")
+    value = {"w[0:3]": [0.0, 1.0, 9.0], "w[3:8]": [0.0, 1.0, 1.5]}
+    assert allocate(cost, value).bits == {"w": (8, 8, 8, 2, 2, 2, 2, 2), "x": 8}
+    assert allocate(cost, {**value, "w[3:8]": [0.0, 20.0, 1.5]}).bits == {"w": 4, "x": 8}
+    assert uniform_plan(cost) == {"w": 4, "x": 8}
+
+
+def test_a_byte_that_two_groups_share_is_counted_once() -> None:
+    """3 + 5 channels of one element at 3 and 5 bits: 34 bits are 5 bytes, 9 and 25 bits by themselves 2 +
+    4."""
+    model = network([("w", "x", 8, 8)])
+    rest = model.weight_bytes({"w": 8}) - 8
+    cost = BudgetCost(model, Budget(weight_bytes=rest + 5), {"w": (3, 5)}, {"w": (3, 5)})
+    found = allocate(cost, {"w[0:3]": [1.0, 0.0], "w[3:8]": [0.0, 1.0]})
+    assert found.bits["w"] == (3, 3, 3, 5, 5, 5, 5, 5)
+    assert found.used == {"weight_bytes": rest + 5}
+    cost = BudgetCost(model, Budget(weight_bytes=rest + 4), {"w": (3, 5)}, {"w": (3, 5)})
+    assert allocate(cost, {"w[0:3]": [1.0, 0.0], "w[3:8]": [0.0, 1.0]}).bits["w"] == 3
+
+
+def test_groups_are_counted_in_the_containers_of_the_target() -> None:
+    wide = dataclasses.replace(TARGETS["native"], name="wide", weight_containers={2: 4, 4: 4, 8: 8})
+    model = network([("w", "x", 8, 8)], target=wide)
+    rest = model.weight_bytes({"w": 8}) - 8
+    assert model.weight_bytes({"w": (2, 2, 4, 4, 4, 4, 8, 8)}) == rest + 5
+    cost = BudgetCost(model, Budget(weight_bytes=rest + 6), {"w": (2, 4, 8)}, {"w": (4, 4)})
+    assert cost.expected(torch.tensor([[1.0, 0, 0], [0, 0, 1.0]])).item() == rest + 6
+    found = allocate(cost, {"w[0:4]": [0.0, 1.0, 1.5], "w[4:8]": [0.0, 1.0, 2.0]})
+    assert (found.bits["w"], found.used["weight_bytes"]) == ((4, 4, 4, 4, 8, 8, 8, 8), rest + 6)
+
+
+def test_groups_are_named_where_a_budget_is_overspent() -> None:
+    cost = BudgetCost(network(CHAIN), Budget(bops=100), {"a.weight": (2, 4)}, {"a.weight": (20, 30)})
+    with pytest.raises(BudgetError, match=r"a\.weight\[20:50\] x a\.input \(2 x 8 bits\)"):
+        allocate(cost, {"a.weight[0:20]": [0, 1], "a.weight[20:50]": [0, 1]})

@@ -1,5 +1,6 @@
 """Budgets check themselves, and the expected cost is the exact one wherever every site has one width."""
 
+import dataclasses
 import random
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,18 @@ import torch
 from torch import Tensor
 
 from bitsmith.errors import BudgetError, FormatError, SiteError, TargetError
-from bitsmith.quantization import Budget, BudgetCost, CostTable, Scheme, measure, prepare
-from bitsmith.quantization.budget import float_cost, limits, used
+from bitsmith.quantization import (
+    Budget,
+    BudgetCost,
+    CostTable,
+    Scheme,
+    allocate,
+    measure,
+    prepare,
+    uniform_plan,
+)
+from bitsmith.quantization.budget import limits
+from bitsmith.quantization.cost_kinds import float_cost, used
 from bitsmith.tasks.models import build
 from tests.quantization.networks import network, random_network
 from tests.quantization.test_allocate import CHAIN, NPU, WIDTHS
@@ -226,3 +237,28 @@ def test_a_site_that_is_not_there_and_a_pair_that_never_fits_are_refused() -> No
         BudgetCost(network(CHAIN), Budget(bops=0.1), {"a.weigth": (2, 4)})
     with pytest.raises(TargetError, match=r"^b\.weight x b\.input: target npu .*expected 2 x 4, "):
         BudgetCost(network(CHAIN, target=NPU), Budget(bops=0.1), {"b.weight": (2, 3)})
+
+
+def test_a_width_per_channel_costs_each_pair_of_the_table_by_its_share_of_the_channels() -> None:
+    model = network(CHAIN)
+    bits = {**model.present, "b.weight": (4, 4, 8, 2, 4)}
+    table = CostTable.load("energy_45nm")
+
+    def layer(width: int) -> float:
+        return table.cost("l1", "Linear", 200, (1, 1), width, 8)
+
+    others = used(model, "table:energy_45nm", model.present) - layer(8)
+    expected = others + 0.6 * layer(4) + 0.2 * layer(8) + 0.2 * layer(2)
+    assert used(model, "table:energy_45nm", bits) == pytest.approx(expected)
+    cost = BudgetCost(
+        dataclasses.replace(model, present=bits),
+        Budget(bops=0.5, tables=[{"table": table, "limit": 1e9}]),
+        {"a.weight": (2, 4)},
+    )
+    assert cost.fixed["b.weight"] == (4, 4, 8, 2, 4)
+    assert cost.expected(torch.tensor([[0.0, 1.0]]))[1].item() == pytest.approx(
+        used(model, "table:energy_45nm", {**bits, "a.weight": 4})
+    )
+    found = allocate(cost, {"a.weight": [0, 1]})
+    assert found.bits == {**bits, "a.weight": 4}
+    assert uniform_plan(cost) == {**bits, "a.weight": 4}

@@ -1,5 +1,7 @@
 """The cost model against a hand count and PyTorch's FLOP counter: BOPs, bytes, average bits."""
 
+import json
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -170,3 +172,46 @@ def test_a_report_for_other_bits_is_what_committing_them_would_cost() -> None:
     for net in (model, other):
         calibrate(net, [IMAGES])
     assert measure(model, IMAGES).report(plan_of(other).bits) == measure(other, IMAGES).report()
+
+
+# ---- widths per channel
+
+
+def test_a_width_per_channel_is_counted_channel_by_channel() -> None:
+    each = (1, 2, 3, 8, 4, 4, 2, 7)  # 31 bits a column
+    model = two()
+    prepare(model, W4, A8, overrides={"0.weight": {"bits": each}}, first_last_bits=None)
+    calibrate(model, [torch.randn(20, 6)])
+    cost = measure(model, torch.randn(3, 6))
+    report = cost.report()
+    assert report["bops"] == 6 * 31 * 8 + 24 * 4 * 8
+    codes = -(-6 * 31 // 8) + 24 * 4 // 8
+    assert report["weight_bytes"] == codes + 4 * (8 + 3) + 4 * (8 + 3) + 4 * 2
+    assert report["average_weight_bits"] == (6 * 31 + 24 * 4) / 72
+    first = report["layers"][0]
+    assert (first["weight_bits"], first["bops"]) == (each, 6 * 31 * 8)
+    assert json.loads(json.dumps(first))["operand_bits"] == [list(each), 8]
+
+
+def test_expected_widths_per_channel_are_differentiable() -> None:
+    model = two()
+    prepare(model, W4, A8, first_last_bits=None)
+    cost = measure(model, torch.randn(3, 6))
+    width = torch.arange(1.0, 9).requires_grad_()
+    bits = {**plan_of(model).bits, "0.weight": width}
+    whole = {**bits, "0.weight": tuple(range(1, 9))}
+    assert cost.bops(bits).item() == cost.bops(whole)
+    assert cost.average_bits(bits, "weight").item() == pytest.approx(cost.average_bits(whole, "weight"))
+    assert cost.weight_bytes(bits).item() == cost.weight_bytes(whole)
+    (by_bops,) = torch.autograd.grad(cost.bops(bits), [width])
+    (by_bytes,) = torch.autograd.grad(cost.weight_bytes(bits), [width])
+    assert by_bops.tolist() == [6 * 8] * 8
+    assert by_bytes.tolist() == [6 / 8] * 8
+
+
+def test_a_target_of_one_type_a_tensor_holds_all_channels_in_the_widest_ones_container() -> None:
+    model = nn.Sequential(nn.Linear(16, 4, bias=False))
+    overrides = {"0.weight": {"bits": [1, 2, 3, 3]}}
+    prepare(model, W4, None, overrides=overrides, first_last_bits=None, target="onnxruntime")
+    assert measure(model, torch.randn(1, 16)).report()["weight_bytes"] == 64 * 4 // 8 + 4 * 4
+    assert measure(model, torch.randn(1, 16), "native").report()["weight_bytes"] == 16 * 9 // 8 + 16

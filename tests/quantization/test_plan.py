@@ -94,6 +94,19 @@ GOOD = {"version": 1, "sites": {"fc.weight": {"kind": "weight", "bits": 4}}}
         ({"sites": {"fc.weight": {"kind": "weight", "bits": "4"}}}, "is not valid"),
         ({"sites": {"fc.weight": {"kind": "output", "bits": 4}}}, "kind weight or activation"),
         ({"sites": {"fc.weight": 4}}, "is not valid"),
+        ({"sites": {"fc.weight": {"kind": "weight", "granularity": "channel", "bits": []}}}, "is not valid"),
+        (
+            {"sites": {"fc.weight": {"kind": "weight", "granularity": "channel", "bits": [2, 9]}}},
+            "is not valid",
+        ),
+        (
+            {"sites": {"fc.input": {"kind": "activation", "granularity": "channel", "bits": [2, 4]}}},
+            r"sites\.fc\.input\.bits: .*got activation",
+        ),
+        (
+            {"sites": {"fc.weight": {"kind": "weight", "granularity": "group", "bits": [2, 4]}}},
+            r"sites\.fc\.weight\.bits: .*granularity group, expected kind weight, granularity channel",
+        ),
         (
             {"sites": {"fc.weight": {"kind": "weight", "bits": 4, "gird": "seq"}}},
             r"sites\.fc\.weight\.gird: .*Did you mean grid\?",
@@ -204,3 +217,50 @@ def test_a_tied_weight_takes_its_rows_from_its_one_tensor() -> None:
     set_bits(model, {"0.weight": Sampled([2, 4])})
     assert model[0].weight_quantizer is model[2].weight_quantizer
     assert model(torch.randn(2, 4)).isfinite().all()
+
+
+# ---- widths per channel
+
+EACH = {"conv2.weight": (1, 2, 3, 4, 5, 6, 7, 8, 8, 2, 2, 4), "fc.weight": (2, 3) * 5}
+
+
+def test_a_plan_with_widths_per_channel_is_prepared_committed_and_read_again(tmp_path: Path) -> None:
+    """Prepared with a list, or committed to one: the same model, whose plan comes back from its file."""
+    model = build("digits_cnn", seed=0)
+    coverage = prepare(model, W4, A8, overrides={name: {"bits": list(bits)} for name, bits in EACH.items()})
+    calibrate(model, [IMAGES])
+    plan = plan_of(model)
+    assert {name: plan.bits[name] for name in EACH} == EACH
+    assert plan.sites["conv2.weight"].grid == "auto"
+    plan.save(tmp_path / "plan.json")
+    assert json.loads((tmp_path / "plan.json").read_text())["sites"]["fc.weight"]["bits"] == [2, 3] * 5
+    assert Plan.load(tmp_path / "plan.json") == plan
+
+    other = calibrated()
+    report = commit(other, Plan.load(tmp_path / "plan.json"))
+    assert set(report.post_training) == set(EACH)
+    assert plan_of(other) == plan
+    assert {n: t.shape for n, t in other.state_dict().items()} == {
+        n: t.shape for n, t in model.state_dict().items()
+    }
+    assert torch.equal(logits(other), logits(model))
+    assert commit(model, plan).post_training == ()
+    assert "1-8, 4.3 on average bits" in str(coverage)
+
+
+def test_a_list_of_one_width_is_that_width() -> None:
+    model = calibrated()
+    commit(model, plan_of(model).bits | {"fc.weight": [4] * 10})
+    assert plan_of(model).bits["fc.weight"] == 4
+    with pytest.raises(SchemeError, match=r"fc\.weight\.bits: .*9 widths, expected 10"):
+        commit(model, plan_of(model).bits | {"fc.weight": [4] * 9})
+
+
+def test_candidates_per_channel_make_a_plan_that_is_not_committed() -> None:
+    model = calibrated()
+    planned = plan_of(model, bits={"conv2.weight": 4})
+    assert planned.bits["conv2.weight"] == 4
+    commit(model, planned.bits | EACH)
+    assert plan_of(model, bits=EACH) == plan_of(model)
+    with pytest.raises(SiteError, match=r"fc\.weight: this width is not a candidate"):
+        plan_of(model, bits={"fc.weight": (2, 4) * 5})

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from bitsmith.errors import SchemeError, SiteError
+from bitsmith.numerics.calibrate import dorefa
 from bitsmith.numerics.grid import bounds
 from bitsmith.quantization import FixedBits, Scheme, check_calibrated, redraw
-from bitsmith.quantization.quantizer import Quantizer, dorefa, observe_weight
+from bitsmith.quantization.quantizer import Quantizer
+from bitsmith.quantization.rows import observe_weight
 from tests.quantization.widths import Mixed, Sampled
 
 RANGES = ("lsq", "lsq+", "pact", "dorefa", "static", "dynamic")

@@ -1,5 +1,7 @@
 """A target refuses, before training, what its files cannot hold."""
 
+import dataclasses
+
 import pytest
 
 from bitsmith.errors import TargetError
@@ -42,3 +44,21 @@ def test_what_a_target_cannot_hold_is_refused_with_its_site(
 def test_an_unknown_target_names_the_nearest() -> None:
     with pytest.raises(TargetError, match=r"got onnxruntim, .*Did you mean onnxruntime"):
         get_target("onnxruntim")
+
+
+def test_widths_per_channel_are_held_or_refused() -> None:
+    each = Scheme(bits=(2, 4, 4), granularity="channel")
+    assert [get_target(name).channel_widths for name in TARGETS] == ["own", "widest", "own"]
+    for name in TARGETS:
+        get_target(name).check("head.weight", "weight", each, "Linear")
+    one = dataclasses.replace(TARGETS["native"], name="one", channel_widths="none")
+    with pytest.raises(TargetError, match=r"head\.weight\.bits: target one holds one width .*such as native"):
+        one.check("head.weight", "weight", each, "Linear")
+    few = dataclasses.replace(TARGETS["native"], name="few", weight_containers={4: 4})
+    with pytest.raises(TargetError, match=r"head\.weight\.bits: .*stores no such width; got 2"):
+        few.check("head.weight", "weight", each, "Linear")
+    npu = dataclasses.replace(TARGETS["native"], name="npu", pairs=((4, 8),))
+    with pytest.raises(TargetError, match=r"multiplies no such width; got 2"):
+        npu.check("head.weight", "weight", each, "Linear")
+    assert not npu.multiplies((2, 4), 8)
+    assert npu.multiplies((4, 4), 8)

@@ -145,3 +145,22 @@ def test_energy_is_estimated_by_the_table_of_the_budget(tmp_path: Path) -> None:
     assert metrics["cost"]["energy_uj"] == pytest.approx(budget["used"] * 1e-6)
     assert "ISSCC" in metrics["cost"]["energy_source"]
     assert metrics["cost"]["latency_us"] is None
+
+
+def test_a_run_by_channel_group_delivers_and_exports_a_plan_with_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        job_module.competition, "is_ahead", lambda *_: False
+    )  # whatever the uniform one achieves
+    settings = ("target=native", "methods.0.budget_search.channel_groups=4", "train.epochs=2")
+    metrics = searched(tmp_path / "run", *settings)
+    assert metrics["winner"] == "searched"
+    plan = Plan.load(tmp_path / "run" / "plan.json")
+    assert any(isinstance(bits, tuple) for bits in plan.bits.values())
+    assert plan.budget["bops"]["used"] == metrics["cost"]["bops"] <= metrics["budget"][0]["limit"]
+    assert " on average" in (tmp_path / "run" / "report.html").read_text()
+    certificate, _ = export_run(tmp_path / "run", ["native", "onnx"])
+    assert all(entry["passed"] for entry in certificate["exports"].values())
+    assert not certificate["exports"]["native"]["wider_containers"]
+    assert certificate["exports"]["onnx"]["wider_containers"]

@@ -44,6 +44,22 @@ def test_every_pair_of_widths_is_a_row_and_rows_sum_to_the_whole(tmp_path: Path)
         assert sum(row[share] for row in rows) == pytest.approx(1)
 
 
+def test_channels_of_several_widths_are_counted_at_each_of_them(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run", layers=[("head", "Linear", 400, 100, 4, 8)])
+    metrics = json.loads((run / "metrics.json").read_text())
+    entry = metrics["cost"]["layers"][0]
+    entry["weight_bits"], entry["weight_bytes"] = [2, 2, 2, 8], 140
+    entry.pop("operand_bits", None)
+    change_cost(run, layers=[entry], weight_bytes=140)
+    (layer,) = read_run(run).layers
+    assert (layer.weight_bits, layer.channel_bits) == (3.5, (2, 2, 2, 8))
+    write_report(run)
+    rows = [(r["weight_bits"], r["macs"], r["weight_bytes"]) for r in table(run)]
+    assert rows == [(2, 300, 60), (8, 100, 80)]
+    page = (run / "report.html").read_text()
+    assert "2-8, 3.5 on average" in page
+
+
 def test_what_stays_in_float_is_float_by_float(tmp_path: Path) -> None:
     run = build_run(
         tmp_path / "run", layers=[("conv", "Conv2d", 600, 80, 32, 32), ("head", "Linear", 300, 40, 4, 8)]

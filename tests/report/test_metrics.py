@@ -109,7 +109,17 @@ def test_images_of_bytes_and_of_floats_are_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "mean"), [(4, 4.0), (2.5, 2.5), ("16x2,48x4", 3.5), ("8x3", 3.0), (None, None), ("many", None)]
+    ("bits", "mean"),
+    [
+        (4, 4.0),
+        (2.5, 2.5),
+        ([2] * 16 + [4] * 48, 3.5),
+        ([3], 3.0),
+        ([], None),
+        (["a"], None),
+        (None, None),
+        ("many", None),
+    ],
 )
 def test_mean_bits(bits: Any, mean: float | None) -> None:
     assert mean_bits(bits) == mean

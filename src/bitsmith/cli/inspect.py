@@ -56,7 +56,7 @@ def command(
 
 
 def _show(console: Console, found: dict[str, Any]) -> None:
-    from bitsmith.report.words import count, size
+    from bitsmith.report.words import count, size, widths
 
     show_sites(console, found["sites"])
     if layers := found.get("layers"):
@@ -64,7 +64,7 @@ def _show(console: Console, found: dict[str, Any]) -> None:
             (
                 layer["name"],
                 layer["kind"],
-                " × ".join(map(str, layer["operand_bits"])),
+                " × ".join(map(widths, layer["operand_bits"])),
                 count(layer["macs"]),
                 size(layer["weight_bytes"]),
                 count(layer["bops"]),
@@ -89,7 +89,9 @@ def _figure(name: str, value: float) -> str:
 
 def show_sites(console: Console, sites: list[dict[str, Any]]) -> None:
     """One row a site: bits, grid and what shares a scale."""
-    rows = [(site["name"], site["kind"], site["bits"], site["grid"], _shared(site)) for site in sites]
+    from bitsmith.report.words import widths
+
+    rows = [(s["name"], s["kind"], widths(s["bits"]), _grid(s["grid"]), _shared(s)) for s in sites]
     console.print(table("Sites", ("site", "kind", "bits", "grid", "a scale per"), rows))
 
 
@@ -106,6 +108,11 @@ def show_leftovers(console: Console, leftovers: list[dict[str, Any]]) -> None:
     made = table("In float", ("tensors", "elements", "why"), rows)
     made.columns[2].justify, made.columns[2].no_wrap = "left", False
     console.print(made)
+
+
+def _grid(grid: Any) -> str:
+    """Channels of different widths may be on different grids."""
+    return grid if isinstance(grid, str) else " and ".join(dict.fromkeys(grid))
 
 
 def _shared(site: dict[str, Any]) -> str:

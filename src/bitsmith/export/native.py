@@ -1,7 +1,8 @@
 """Native: a packed model as a folder of two files that any Bitsmith loads, without training code.
 
     model.safetensors   every buffer of the packed model under its qualified name: codes at their true width,
-                        scales, zero points, biases, what stayed in float; a tied weight once
+                        scales, zero points, biases, what stayed in float; a tied weight once. Where output
+                        channels have widths of their own, those of the least width come first in the codes
     config.json         {"format": "bitsmith", "version": 1, "model": {"name", "arguments"} | null,
                          "layers": {name: {"kind", "weight", "input" | "left" | "right", "geometry"}},
                          "folded": {BatchNorm: layer}}; it says per site bits, grid and granularity
@@ -30,6 +31,7 @@ from bitsmith.files import load_tensors, read_json, save_tensors, write_atomic
 from bitsmith.numerics.blocks import GRANULARITIES, group_count
 from bitsmith.numerics.grid import GRIDS
 from bitsmith.numerics.pack import packed_size
+from bitsmith.quantization.bits import in_words
 from bitsmith.quantization.integer_layers import (
     ConvGeometry,
     FloatWeight,
@@ -257,9 +259,16 @@ def _weight(
     if form.shape is None:
         raise ValueError(f"{site} has no shape")
     codes, scale = tensors[f"{site}.codes"], _floats(f"{site}.scale", tensors)
-    if codes.dtype != torch.uint8 or codes.numel() != packed_size(math.prod(form.shape), form.bits):
-        raise ValueError(f"{site} has {codes.numel()} bytes of codes, which are not {form.bits} bits each")
     rows, length = form.shape[0], math.prod(form.shape[1:])
+    if isinstance(form.bits, tuple) and (len(form.bits) != rows or form.granularity != "channel"):
+        raise ValueError(
+            f"{site} has {len(form.bits)} widths, which is not one for each of its {rows} channels"
+        )
+    size = packed_size(length * (sum(form.bits) if isinstance(form.bits, tuple) else rows * form.bits), 1)
+    if codes.dtype != torch.uint8 or codes.numel() != size:
+        raise ValueError(
+            f"{site} has {codes.numel()} bytes of codes, which are not {in_words(form.bits)} bits each"
+        )
     groups = group_count(length, form.group_size) if form.group_size else 1
     if scale.numel() != {"tensor": 1, "channel": rows, "group": rows * groups}[form.granularity]:
         raise ValueError(f"{site} has {scale.numel()} scales, which is not one per {form.granularity}")
@@ -280,10 +289,14 @@ def _quantizer(site: str, entry: dict[str, Any] | None, tensors: dict[str, Tenso
 def _form(site: str, entry: dict[str, Any]) -> Form:
     values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in entry.items()}
     form = Form(**values)
-    whole = [form.bits, form.group_size or 1, *(form.shape or ())]
-    if not all(type(n) is int and n >= 1 for n in whole) or form.bits > 8:
-        raise ValueError(f"{site} has impossible numbers: {form}")
-    if form.grid not in GRIDS or form.granularity not in GRANULARITIES or type(form.axis) is not int:
+    widths = form.bits if isinstance(form.bits, tuple) else (form.bits,)
+    whole = [*widths, form.group_size or 1, *(form.shape or ())]
+    if not widths or not all(type(n) is int and n >= 1 for n in whole) or max(widths) > 8:
+        raise ValueError(f"{site} has impossible numbers: {values}")
+    grids = form.grid if isinstance(form.grid, tuple) else (form.grid,)
+    if len(grids) not in (1, len(set(widths))) or (len(widths) > 1 and form.shape is None):
+        raise ValueError(f"{site} has {len(grids)} grids for {len(set(widths))} widths")
+    if not set(grids) <= set(GRIDS) or form.granularity not in GRANULARITIES or type(form.axis) is not int:
         raise ValueError(f"{site} is of an unknown kind: {form}")
     if (form.granularity == "group") != (form.group_size is not None):
         raise ValueError(f"{site} has groups without a size, or a size without groups")

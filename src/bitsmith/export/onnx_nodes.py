@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from bitsmith.errors import MissingExtra
 from bitsmith.numerics.affine import dequantize
-from bitsmith.numerics.grid import bounds
 from bitsmith.numerics.pack import pack
 from bitsmith.quantization.integer_layers import FrozenQuantizer, packed_sites
 
@@ -83,7 +82,7 @@ def _restore_outputs(graph: Any, nodes: list[Any], renamed: dict[str, str], outp
 
 def has_pair(q: FrozenQuantizer) -> bool:
     """Whether QuantizeLinear -> DequantizeLinear of 8 bits computes this quantizer."""
-    low, _, half = bounds(q.form.grid, q.form.bits)
+    _, (low, _, half), _ = q.form.runs[0]
     if q.scale is None or q.form.granularity != "tensor" or half:
         return False
     zero_point = 0 if q.zero_point is None else int(q.zero_point)
@@ -93,7 +92,7 @@ def has_pair(q: FrozenQuantizer) -> bool:
 def _quantizer_nodes(graph: Any, site: str, q: Any, x: str, y: str) -> list[Any]:
     """x -> codes in uint8 or int8 -> values -> Clip to the ends of the grid."""
     make_node = onnx_package().helper.make_node
-    low, high, _ = bounds(q.form.grid, q.form.bits)
+    _, (low, high, _), _ = q.form.runs[0]
     zero_point = torch.zeros(()) if q.zero_point is None else q.zero_point.view(())
     scale, kind = q.scale.view(()), np.uint8 if low >= 0 else np.int8
     numbers = {
@@ -115,7 +114,7 @@ def _quantizer_nodes(graph: Any, site: str, q: Any, x: str, y: str) -> list[Any]
 def _weight_nodes(graph: Any, site: str, w: Any) -> list[Any]:
     """DequantizeLinear of the packed codes, by tensor, channel (axis 0) or blocks of a row (axis 1)."""
     onnx, form = onnx_package(), w.form
-    low, _, half = bounds(form.grid, form.bits)
+    low, half = min(low for _, (low, _, _), _ in form.runs), w.half_step()
     rows, length = w.shape[0], math.prod(w.shape[1:])
     shape: tuple[int, ...] = tuple(w.shape)
     match form.granularity:
@@ -129,7 +128,8 @@ def _weight_nodes(graph: Any, site: str, w: Any) -> list[Any]:
             )
         case _:
             scale, attributes = w.scale.reshape(()), {}
-    container = 2 if form.bits <= 2 else 4 if form.bits <= 4 else 8
+    widest = form.runs[-1][0]  # ONNX has one type for a tensor
+    container = 2 if widest <= 2 else 4 if widest <= 4 else 8
     kind = getattr(onnx.TensorProto, f"{'INT' if low < 0 else 'UINT'}{container}")
     graph.initializer.append(_integers(f"{site}.codes", w.integers().view(shape), kind, container))
     _add_once(graph, f"{site}.scale", scale.numpy())
@@ -140,7 +140,7 @@ def _weight_nodes(graph: Any, site: str, w: Any) -> list[Any]:
         inputs.append(f"{site}.zero_point")
 
     aside, chain = [], [onnx.helper.make_node("DequantizeLinear", inputs, [""], **attributes)]
-    if half:
+    if isinstance(half, Tensor) or half:
         offset, grouped = f"{site}.offset", form.granularity == "group"
         _add_once(graph, offset, ((scale if grouped else w.scale) * half).numpy())
         if grouped:  # (rows, groups) -> (rows, length)

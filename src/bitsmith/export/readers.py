@@ -22,11 +22,13 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class StoredSite:
-    """What a file holds of one site; codes flat (weights only), in the order of the weight's elements."""
+    """What a file holds of one site; codes flat (weights only), in the order of the weight's elements.
+    container: bits that each code takes, where all take the same."""
 
     codes: Array | None = None
     scale: Array | None = None
     zero_point: Array | None = None
+    container: int | None = None
 
 
 def read_native(directory: Path) -> dict[str, StoredSite]:
@@ -60,11 +62,19 @@ def _native_site(site: str, form: dict[str, Any], header: dict[str, Any], body: 
     stored, bits = tensor("codes", "u1"), form["bits"]
     codes = None
     if stored is not None:
-        count = int(np.prod(form["shape"]))
-        stream = np.unpackbits(stored, bitorder="little")[: count * bits].reshape(count, bits)
-        half = 2 ** (bits - 1)
-        lowest = {"unsigned": 0, "asymmetric": 0, "balanced": 1 - half}.get(form["grid"], -half)
-        codes = stream.astype(np.int64) @ (1 << np.arange(bits)) + lowest
+        rows, *rest = form["shape"]
+        each = np.broadcast_to(np.array(bits), rows)  # one width, or one per output channel
+        grids = np.broadcast_to(np.array(form["grid"]), len(np.unique(each)))
+        codes, stream, start = np.zeros((rows, *rest), np.int64), np.unpackbits(stored, bitorder="little"), 0
+        for width, grid in zip(np.unique(each), grids, strict=True):  # channels of the least width first
+            at = each == width
+            end = start + codes[at].size * width
+            half = 2 ** (width - 1)
+            lowest = {"unsigned": 0, "asymmetric": 0, "balanced": 1 - half}.get(str(grid), -half)
+            values = stream[start:end].reshape(-1, width).astype(np.int64) @ (1 << np.arange(width)) + lowest
+            codes[at] = values.reshape(codes[at].shape)
+            start = end
+        codes = codes.reshape(-1)
     return StoredSite(codes, tensor("scale", "<f4"), tensor("zero_point", "<f4"))
 
 
@@ -78,10 +88,14 @@ def read_onnx(path: Path) -> dict[str, StoredSite]:
         graph = onnx.load(path).graph
     except Exception as error:  # protobuf's own exception type differs between its implementations
         raise FormatError(f"this is not an ONNX file ({error})", where=str(path)) from None
-    found: dict[str, dict[str, Array]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for initializer in graph.initializer:
         site, _, part = initializer.name.rpartition(".")
         if part in ("codes", "scale", "zero_point"):
             array = onnx.numpy_helper.to_array(initializer).reshape(-1)
             found.setdefault(site, {})[part] = array.astype(np.float32 if part == "scale" else np.int64)
+            if part == "codes":  # INT2, UINT4, ...
+                found[site]["container"] = int(
+                    onnx.TensorProto.DataType.Name(initializer.data_type).lstrip("UINT")
+                )
     return {site: StoredSite(**parts) for site, parts in found.items()}

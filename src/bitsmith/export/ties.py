@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitsmith.numerics.grid import bounds
 from bitsmith.quantization.integer_layers import FrozenQuantizer, packed_layers
 from bitsmith.quantization.quantizer import Quantizer
 
@@ -81,7 +80,7 @@ def _scales(model: nn.Module) -> dict[nn.Module, tuple[str, tuple[Tensor, float]
             if module.scheme.range != "dynamic" and at.scale.numel() == 1:
                 found[module] = (module.name, (at.scale, at.half))
         elif isinstance(module, FrozenQuantizer) and module.scale is not None and module.scale.numel() == 1:
-            found[module] = (name, (module.scale, bounds(module.form.grid, module.form.bits)[2]))
+            found[module] = (name, (module.scale, module.form.runs[0][1][2]))
     return found
 
 

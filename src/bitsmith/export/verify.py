@@ -2,7 +2,8 @@
 
 Per file, in this order, and the first that does not hold is the error:
 1. The codes in the file equal the trained codes, bit for bit, and scales and zero points those of the packed
-   model; all are read back by readers that share no code with training (export.readers).
+   model; all are read back by readers that share no code with training (export.readers). Weights that the
+   file holds in wider containers than they were trained for are named.
 2. Inside the runtime, every quantized activation has the trained codes, and every quantized layer the output
    of the packed model, on the rows where its inputs do.
 3. On the whole test set at least 99.5 % of the predictions are the same, and on at least 99 % of the rows the
@@ -29,6 +30,7 @@ from bitsmith.export.readers import Array, StoredSite
 from bitsmith.export.runtimes import OPENERS, Opened, outputs_of
 from bitsmith.export.ties import first_differences, probe
 from bitsmith.numerics.blocks import from_groups
+from bitsmith.quantization.bits import in_words, mean_width
 from bitsmith.quantization.integer_layers import PackedWeight, packed_sites
 from bitsmith.quantization.layers import QuantLayer, QuantMatMul
 
@@ -100,13 +102,15 @@ def _check_stored(
 ) -> None:
     """Compare what the file holds with what was trained."""
     entry["codes_equal"] = False
-    codes, count = trained_codes(trained), 0
+    codes, count, wider = trained_codes(trained), 0, {}
     for name, site in packed_sites(packed).items():
         found = stored.get(name, StoredSite())
         if isinstance(site, PackedWeight):
             want = codes[name].numpy().reshape(-1)
             count += want.size
             _equal(name, "codes", found.codes, want)
+            if found.container is not None and found.container > mean_width(site.form.bits):
+                wider[name] = f"{in_words(site.form.bits)} bits in {found.container}"
         for part in ("scale", "zero_point"):
             tensor = getattr(site, part)
             values = getattr(found, part)
@@ -115,7 +119,7 @@ def _check_stored(
             # In ONNX an activation that is not per tensor is plain operators: its layer's output is compared.
             if tensor is not None and (values is not None or isinstance(site, PackedWeight)):
                 _equal(name, part.replace("_", " ") + "s", values, tensor.numpy().reshape(-1))
-    entry["codes_equal"], entry["codes"] = True, count
+    entry["codes_equal"], entry["codes"], entry["wider_containers"] = True, count, wider
 
 
 def trained_codes(trained: nn.Module) -> dict[str, Tensor]:

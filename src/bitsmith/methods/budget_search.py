@@ -22,18 +22,20 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bitsmith.errors import SchemeError, SiteError, listing, nearest
+from bitsmith.errors import SchemeError, SiteError, TargetError, listing, nearest
 from bitsmith.methods.method import Method
 from bitsmith.quantization import Plan, commit, measure, plan_of, set_bits, sites
 from bitsmith.quantization.allocate import allocate
+from bitsmith.quantization.bits import FixedBits, Width
 from bitsmith.quantization.budget import Budget, BudgetCost
-from bitsmith.quantization.categorical import MODES, Categorical
+from bitsmith.quantization.categorical import MODES, Categorical, GroupCategorical
+from bitsmith.quantization.channel_groups import even_sizes
 from bitsmith.quantization.quantizer import Quantizer
 from bitsmith.quantization.target import get_target
 
@@ -46,12 +48,14 @@ class BudgetSearch(Method):
     budget: what the plan may cost (`Budget`, or a mapping of its fields); several are held at once.
     example: a batch, from which the cost is counted. candidates: widths of every free site, those left out
     that the target does not store. sites: globs of the sites to search; by default all whose width was not
-    asked for by name (first and last layer, overrides with bits). mode: see `Categorical`.
+    asked for by name (first and last layer, overrides with bits). channel_groups: groups of consecutive
+    output channels that a weight is searched in, each with a width of its own. mode: see `Categorical`.
     search_share: share of the steps that search. temperature: at the first and the last step of the search.
     multiplier_rate (eta), damping (rho): of the Lagrangian. logit_rate: speed of logits against weights.
 
-    Raises BudgetError where no plan meets the budget, SchemeError for bad candidates, SiteError for a glob
-    that matches nothing or where no site is free.
+    Raises BudgetError where no plan meets the budget, SchemeError for bad candidates or weights without a
+    scale per channel to be searched in groups, TargetError where the target holds no widths per channel,
+    SiteError for a glob that matches nothing or where no site is free.
     """
 
     entropy: Tensor
@@ -65,6 +69,7 @@ class BudgetSearch(Method):
         *,
         candidates: Sequence[int] = (1, 2, 3, 4, 6, 8),
         sites: Sequence[str] | None = None,
+        channel_groups: int = 1,
         mode: str = "sampled",
         search_share: float = 0.2,
         temperature: tuple[float, float] = (1.0, 0.3),
@@ -77,7 +82,8 @@ class BudgetSearch(Method):
         self.budget = budget if isinstance(budget, Budget) else Budget.from_dict(budget, "budget")
         self.example, self.candidates = example, _checked(candidates)
         self.wanted, self.mode, self.logit_rate = sites, mode, logit_rate
-        _check_options(mode, search_share, temperature, multiplier_rate, damping, logit_rate)
+        self.channel_groups = channel_groups
+        _check_options(mode, channel_groups, search_share, temperature, multiplier_rate, damping, logit_rate)
         self.search_share, self.temperatures = search_share, temperature
         self.multiplier_rate, self.damping = multiplier_rate, damping
         self.register_buffer("entropy", torch.tensor(1.0))
@@ -90,13 +96,28 @@ class BudgetSearch(Method):
         cost = measure(model, self.example)
         free = free_sites(model, self.wanted)
         candidates = site_candidates(model, free, self.candidates)
-        self.widths = {name: Categorical(c, self.mode, self.logit_rate) for name, c in candidates.items()}
-        set_bits(model, self.widths)
-        fixed = {name: [q.scheme.bits] for name, q in sites(model).items() if name not in candidates}
-        self.cost = BudgetCost(cost, self.budget, {**candidates, **fixed})
+        several = [name for name, widths in candidates.items() if len(widths) > 1]
+        if not several:
+            raise SchemeError(
+                "no site is left with two widths to choose from",
+                where="budget_search.candidates",
+                got=listing(map(str, self.candidates)),
+                remedy="Add widths that grids and target hold",
+            )
+        groups = group_sizes(model, several, self.channel_groups)
+        self.cost = BudgetCost(cost, self.budget, candidates, groups)
+        self.widths: dict[str, Categorical] = {}
+        for name, widths in candidates.items():
+            if name in self.cost.groups:
+                self.widths[name] = GroupCategorical(widths, groups[name], self.mode, self.logit_rate)
+            elif len(widths) > 1:
+                self.widths[name] = Categorical(widths, self.mode, self.logit_rate)
+        self.group_counts = [len(self.cost.names(name)) for name in self.widths]
+        single = {name: FixedBits(widths[0]) for name, widths in candidates.items() if len(widths) == 1}
+        set_bits(model, {**self.widths, **single})
         allocate(self.cost, self._values())  # an impossible budget is found out now
-        width = max(len(c) for c in candidates.values())
-        padding = torch.tensor([[0.0] * len(c) + [-math.inf] * (width - len(c)) for c in candidates.values()])
+        counts = [len(self.cost.candidates[name]) for name in self.cost.sites]
+        padding = torch.tensor([[0.0] * n + [-math.inf] * (self.cost.width - n) for n in counts])
         self.register_buffer("padding", padding)
         for kind in self.cost.kinds:
             self.register_buffer(f"multiplier_{kind}", torch.tensor(0.0))
@@ -104,24 +125,32 @@ class BudgetSearch(Method):
 
     @torch.no_grad()
     def start_at(self, values: Mapping[str, Tensor], confidence: float = 0.75) -> None:
-        """Start from ``values`` of all candidates (site -> (K,), larger is better, e.g. minus a sensitivity):
-        the best plan of the budget has the probability ``confidence`` at every site, the others share the
-        rest in the order of their values."""
-        best = allocate(self.cost, {n: values[n].tolist() for n in self.cost.sites}, fill=FILL).bits
-        for name in self.cost.sites:
-            width = self.widths[name]
-            chosen = self._row(name, best[name])
-            gaps = (values[name] - values[name][chosen]).abs()
+        """Start from ``values`` of all candidates (site -> (K,), or of each channel (K, C); larger is better,
+        e.g. minus a sensitivity): the best plan of the budget has the probability ``confidence`` at every
+        site, the others share the rest in the order of their values."""
+        worth = {n: v for site in self.widths for n, v in self._by_group(site, values[site])}
+        best = allocate(self.cost, {name: v.tolist() for name, v in worth.items()}, fill=FILL)
+        logits = [row for width in self.widths.values() for row in width.logits_by_group()]
+        for own, (name, value) in zip(logits, worth.items(), strict=True):
+            chosen = self.cost.candidates[name].index(best.choices[name])
+            gaps = (value - value[chosen]).abs()
             gaps = gaps / gaps[gaps > 0].median() if bool((gaps > 0).any()) else gaps
             others = torch.softmax(torch.where(torch.arange(len(gaps)) == chosen, -math.inf, -gaps), 0)
             p = (1 - confidence) * others
             p[chosen] = confidence
-            width.logits.copy_(p.clamp(min=1e-3).log() / width.gain)
-            width.logits.sub_(width.logits.mean())
+            own.copy_(p.clamp(min=1e-3).log() / self.logit_rate)
+            own.sub_(own.mean())
         self._draw()
 
-    def _row(self, name: str, bits: int) -> int:
-        return self.widths[name].candidates.int().tolist().index(bits)
+    def _by_group(self, site: str, value: Tensor) -> list[tuple[str, Tensor]]:
+        """(name, (K,)) of the site, or of each of its groups: the sum over its channels."""
+        names, sizes = self.cost.names(site), self.cost.groups.get(site, ())
+        if value.ndim > 1:
+            value = value.sum(1) if not sizes else value
+        elif sizes:  # of the whole tensor: each channel its even share
+            value = value.unsqueeze(1).expand(-1, sum(sizes)) / sum(sizes)
+        parts = value.split(list(sizes), 1) if sizes else ()
+        return [(n, part.sum(1)) for n, part in zip(names, parts, strict=True)] if sizes else [(site, value)]
 
     def is_searching(self) -> bool:
         """Widths are not decided yet."""
@@ -133,7 +162,8 @@ class BudgetSearch(Method):
 
     def _scores(self) -> Tensor:
         """gain * logits / temperature, (sites, K) padded with -inf."""
-        logits = nn.utils.rnn.pad_sequence([w.logits for w in self.widths.values()], batch_first=True)
+        rows = [row for width in self.widths.values() for row in width.logits_by_group()]
+        logits = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         return logits * (self.logit_rate / self.temperature) + self.padding
 
     def penalty(self) -> Tensor:
@@ -173,10 +203,11 @@ class BudgetSearch(Method):
     @torch.no_grad()
     def plan(self) -> Plan:
         """The most likely plan within the budget; what was decided, once it is."""
+        bits: dict[str, Width]
         if self.is_searching():
             bits = allocate(self.cost, self._values(), fill=FILL).bits
         else:
-            bits = {name: int(q.bits.expected()) for name, q in sites(self.models[0]).items()}
+            bits = {name: q.bits.whole() for name, q in sites(self.models[0]).items()}
         plan = plan_of(self.models[0], bits=bits)
         exact = self.cost.exact(bits)
         limits = dict(zip(self.cost.kinds, self.cost.limits.tolist(), strict=True))
@@ -185,10 +216,11 @@ class BudgetSearch(Method):
 
     def _values(self) -> dict[str, list[float]]:
         """Log-probabilities of all candidates."""
-        return {
-            name: w.probabilities().detach().clamp(min=1e-12).log().tolist()
-            for name, w in self.widths.items()
-        }
+        found: dict[str, list[float]] = {}
+        for site, width in self.widths.items():
+            values = width.probabilities().detach().clamp(min=1e-12).log()
+            found.update(zip(self.cost.names(site), values.view(-1, values.shape[-1]).tolist(), strict=True))
+        return found
 
     def _multipliers(self) -> Tensor:
         return torch.stack([getattr(self, f"multiplier_{kind}") for kind in self.cost.kinds])
@@ -198,8 +230,10 @@ class BudgetSearch(Method):
         noise = -torch.empty(self.padding.shape).exponential_(generator=self.generator).log()
         noise = noise.to(self.padding.device)
         rows = (self._scores() + noise).argmax(1).tolist()
-        for width, own, row in zip(self.widths.values(), noise, rows, strict=True):
-            width.draw(own, self.temperature, row)
+        start = 0
+        for width, own in zip(self.widths.values(), noise.split(self.group_counts), strict=True):
+            width.draw(own, self.temperature, rows[start : start + len(own)])
+            start += len(own)
 
     def get_extra_state(self) -> Tensor:
         """The state of the generator of draws."""
@@ -257,6 +291,33 @@ def site_candidates(
     return found
 
 
+def group_sizes(model: nn.Module, names: Iterable[str], groups: int) -> dict[str, tuple[int, ...]]:
+    """Site -> channels of each group, for the weights among ``names``; none for one group. Raises
+    SchemeError for a weight without a scale per channel, TargetError where the model's target holds no
+    widths per channel."""
+    if groups == 1:
+        return {}
+    target = get_target(getattr(model, "bitsmith_target", "native"))
+    if target.channel_widths != "own":
+        raise TargetError(
+            f"target {target.name} does not store the channels of a weight at widths of their own",
+            where="budget_search.channel_groups",
+            got=groups,
+            remedy="Set channel_groups: 1, or target: native",
+        )
+    quantizers = sites(model)
+    weights = [name for name in names if quantizers[name].kind == "weight"]
+    for name in weights:
+        if quantizers[name].scheme.granularity != "channel":
+            raise SchemeError(
+                "only weights with a scale per output channel are searched in groups of channels",
+                where=f"{name}.granularity",
+                got=quantizers[name].scheme.granularity,
+                remedy="Set granularity: channel, or channel_groups: 1",
+            )
+    return {name: even_sizes(quantizers[name].range.shape[1], groups) for name in weights}
+
+
 def _holds(quantizer: Quantizer, bits: int, containers: Mapping[int, int]) -> bool:
     if quantizer.kind == "weight" and bits not in containers:
         return False
@@ -291,6 +352,7 @@ def _checked(candidates: Any) -> list[int]:
 
 def _check_options(
     mode: str,
+    channel_groups: int,
     search_share: float,
     temperature: Sequence[float],
     multiplier_rate: float,
@@ -307,6 +369,7 @@ def _check_options(
             remedy=f"Did you mean {near[0]}?" if near else "",
         )
     checks = (
+        ("channel_groups", channel_groups, _is_count(channel_groups), "a whole number from 1 on"),
         ("search_share", search_share, 0 < search_share <= 1, "a share of the steps above 0, up to 1"),
         (
             "temperature",
@@ -323,6 +386,10 @@ def _check_options(
             raise SchemeError(
                 "this value is out of range", where=f"budget_search.{name}", got=value, expected=expected
             )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _entropy(p: Tensor, padding: Tensor) -> Tensor:

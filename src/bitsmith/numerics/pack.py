@@ -5,9 +5,14 @@ The layout is one rule for all widths: code number i, as the unsigned integer ``
 and nothing is padded but the last byte. At 2, 4 and 8 bits this is byte for byte how ONNX stores INT2, INT4
 and INT8 when ``low`` is 0 (ONNX's signed types hold two's complement instead). One routine serves every
 width; libraries that keep one unpacker a width are no faster, as both are bound by memory.
+
+Codes of several widths are runs, one width each, that follow one another in the same bit stream: a run may
+begin within a byte, and again nothing is padded but the last byte.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -48,3 +53,36 @@ def unpack(packed: Tensor, bits: int, count: int, low: int) -> Tensor:
     for i in range(8):
         codes[:, i] = (words >> (i * bits)) & (2**bits - 1)
     return codes.reshape(-1)[:count] + low
+
+
+def pack_runs(runs: Sequence[tuple[Tensor, int, int]]) -> Tensor:
+    """Runs of (codes, bits, low), see ``pack``, one behind the other without a gap: uint8 (n,)."""
+    parts = [(pack(codes, bits, low), codes.numel() * bits) for codes, bits, low in runs]
+    total = sum(length for _, length in parts)
+    stream = torch.zeros((total + 7) // 8 + 1, dtype=torch.int16, device=parts[0][0].device)
+    start = 0
+    for stored, length in parts:
+        first, shift = divmod(start, 8)
+        shifted = stored.to(torch.int16) << shift  # 15 bits at most
+        stream[first : first + len(stored)] |= shifted & 255
+        stream[first + 1 : first + 1 + len(stored)] |= shifted >> 8
+        start += length
+    return stream[:-1].to(torch.uint8)
+
+
+def unpack_runs(packed: Tensor, runs: Sequence[tuple[int, int, int]]) -> list[Tensor]:
+    """The inverse of ``pack_runs``, given (bits, count, low) of each run: int16 (count,) each."""
+    total = sum(bits * count for bits, count, _ in runs)
+    if packed.numel() != (total + 7) // 8:
+        raise ValueError(f"{total} bits of codes take {(total + 7) // 8} bytes, got {packed.numel()}")
+    found, start = [], 0
+    for bits, count, low in runs:
+        first, shift = divmod(start, 8)
+        size = packed_size(count, bits)
+        piece = packed[first : first + size]
+        if shift:
+            following = torch.nn.functional.pad(packed[first + 1 : first + 1 + size], (0, 1))[:size]
+            piece = (piece >> shift) | (following << (8 - shift))
+        found.append(unpack(piece, bits, count, low))
+        start += bits * count
+    return found

@@ -21,20 +21,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitsmith.errors import SiteError
+from bitsmith.quantization.bits import Width
 from bitsmith.quantization.budget import BudgetCost
 from bitsmith.quantization.knapsack import Program, classes_of
 from bitsmith.quantization.overspent import overspent
 
 CUTS = 32  # plans that the solver let over by its tolerance and that are then forbidden one by one
+ROUNDED_CUTS = 128  # the same, where codes of groups of channels are rounded up to bytes
 TIGHTEN = 1e-6  # relative, beyond that
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """bits: every site, fixed ones included; value: of the free sites; gap: how much better, relative to the
+    """bits: every site, fixed ones included; choices: the same with groups of channels by themselves;
+    value: of the free sites; gap: how much better, relative to the
     value, another plan could be at most (0: proven best); used, limits: kind -> cost and limit, absolute."""
 
-    bits: dict[str, int]
+    bits: dict[str, Width]
+    choices: dict[str, Width]
     value: float
     gap: float
     used: dict[str, Any]
@@ -53,11 +57,11 @@ def allocate(
     """Choose one candidate for every free site of ``cost`` so that the values sum to the most within all
     budgets.
 
-    value: free site -> one number for each of its candidates, in their order. shared: groups of sites that
-    must have one width, besides those that the target and the tables name. fill: share of what the dearest
-    plan within the budgets uses (of the budget that it comes nearest to) that the chosen one uses at least: a
-    value learned from few steps undervalues bits. time_limit: seconds, after which
-    the best plan so far is returned with its ``gap``; gap: relative, at which to stop.
+    value: free site (or group of channels) -> one number for each of its candidates, in their order.
+    shared: groups of sites that must have one width, besides those that the target and the tables name.
+    fill: share of what the dearest plan within the budgets uses (of the budget that it comes nearest to)
+    that the chosen one uses at least: a value learned from few steps undervalues bits. time_limit: seconds,
+    after which the best plan so far is returned with its ``gap``; gap: relative, at which to stop.
 
     Raises BudgetError where no plan fits (with the cheapest plan and what holds it up) or the time was too
     short for any, SiteError where value or shared do not fit the sites.
@@ -80,14 +84,15 @@ def allocate(
         bits, used = found.bits, cost.exact(found.bits)
         if all(used[kind] <= limit for kind, limit in limits.items()):
             break
-        if len(cuts) < CUTS:
+        if len(cuts) < (ROUNDED_CUTS if program.rounding else CUTS):
             cuts.append(bits)
         else:
             slack += TIGHTEN
     total = math.fsum(value[site][cost.candidates[site].index(bits[site])] for site in cost.sites)
     spread = program.spread(objective)
     return Allocation(
-        bits={site: bits[site] for site in cost.cost.present},
+        bits=cost.joined(bits),
+        choices=dict(bits),
         value=total,
         gap=max(bound - found.value, 0.0) / max(abs(total), spread) if spread else 0.0,
         used=used,
@@ -102,14 +107,14 @@ def _floors(cost: BudgetCost, program: Program, limits: Mapping[str, float], fil
         # Less than all, as the solver may be over by its tolerance; a peak has no row that could hold it up.
         found = program.solve(program.costs[kind], {**limits, kind: limit * (1 - TIGHTEN)})
         if found is not None and kind != "activation_bytes":
-            dearest[kind] = cost.exact(found.bits)[kind]
+            dearest[kind] = min(cost.exact(found.bits)[kind], limit)
     if not dearest:
         return {}
     kind = max(dearest, key=lambda kind: dearest[kind] / limits[kind])
     return {kind: fill * dearest[kind]}
 
 
-def uniform_plan(cost: BudgetCost) -> dict[str, int]:
+def uniform_plan(cost: BudgetCost) -> dict[str, Width]:
     """The dearest plan of the form "b bits everywhere" that fits every budget: site -> width, all sites.
 
     A free site takes its largest candidate that is at most b, or its smallest. Widths that make a pair which
@@ -118,16 +123,18 @@ def uniform_plan(cost: BudgetCost) -> dict[str, int]:
     limits = dict(zip(cost.kinds, cost.limits.tolist(), strict=True))
     classes = classes_of(cost, ())
     for b in sorted({width for site in cost.sites for width in cost.candidates[site]} or {8}, reverse=True):
-        bits = dict(cost.fixed)
+        bits: dict[str, Width] = dict(cost.fixed)
         for members, widths in classes:
-            nearest = max((w for w in widths if w <= b), default=min(widths))
+            nearest = widths[0]  # of a fixed site
+            if len(widths) > 1:
+                nearest = max((w for w in widths if w <= b), default=min(widths))
             bits.update(dict.fromkeys(members, nearest))
         possible = all(
             (bits.get(layer.operands[0], 32), bits.get(layer.operands[1], 32)) in cost.pairs(layer)
             for layer in cost.cost.layers
         )
         if possible and all(used <= limits[kind] for kind, used in cost.exact(bits).items()):
-            return {site: bits[site] for site in cost.cost.present}
+            return cost.joined(bits)
     raise overspent(cost, Program(cost, classes), limits, uniform=True)
 
 

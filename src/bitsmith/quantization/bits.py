@@ -2,7 +2,7 @@
 
 A bit-width is a small module that answers two questions for its quantizer, and quantizes nothing itself:
 
-    expected()          the expected bits, a differentiable scalar: what the cost model reads
+    expected()          the expected bits, differentiable: what the cost model reads
     rows, share         which of the quantizer's K rows (one per candidate width) are in play, as an int64
                         tensor (R,), and with which weight each, as a tensor (R,); share is None where the
                         weight is a constant 1
@@ -12,6 +12,10 @@ A bit-width is a small module that answers two questions for its quantizer, and 
     fractional          R = 2 neighbours, share = (1 - fraction, fraction)
     mixed               R = K, share = softmax(logits / temperature)
     real-valued         the same, ``blended``: one grid at the mean width
+
+A weight's output channels may have widths of their own: then rows and share are (R, C), column c for
+channel c, and expected() is (C,). A fixed width per channel needs no rows to choose from: it is one row
+whose candidate is (1, C), as low, high and scale of a row are per channel anyway.
 
 R is fixed by the class, so that a compiled forward has one graph; *which* rows is data, in a buffer, drawn
 or moved outside forward. `commit(bits)` decides: afterwards the width is fixed, but every tensor keeps its
@@ -26,9 +30,31 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+Width = int | tuple[int, ...]  # of a site: one, or one per output channel of a weight
+
+
+def one_or_each(bits: int | Sequence[int]) -> Width:
+    """The width that all channels share, else the tuple of them."""
+    if isinstance(bits, int):
+        return bits
+    return bits[0] if len(set(bits)) == 1 else tuple(bits)
+
+
+def mean_width(bits: Width) -> float:
+    """The width, or the mean over the channels, which hold a share of the weight's elements each."""
+    return bits if isinstance(bits, int) else sum(bits) / len(bits)
+
+
+def in_words(bits: Width) -> str:
+    """A width for people: "4", or "2-8, 3.4 on average"."""
+    bits = one_or_each(bits)
+    return (
+        str(bits) if isinstance(bits, int) else f"{min(bits)}-{max(bits)}, {mean_width(bits):.2g} on average"
+    )
+
 
 class BitWidth(nn.Module):
-    """What a quantizer asks of a bit-width. Buffers: candidates (K,) float32, rows (R,) int64."""
+    """What a quantizer asks of a bit-width. Buffers: candidates (K,) float32, rows (R,) or (R, C) int64."""
 
     candidates: Tensor
     rows: Tensor
@@ -36,33 +62,46 @@ class BitWidth(nn.Module):
     blended = False  # one grid between the rows instead of a mean of their values
 
     def expected(self) -> Tensor:
-        """Expected bits, a scalar."""
+        """Expected bits: a scalar, or (C,) where channels have widths of their own."""
         raise TypeError(f"{type(self).__name__} must say its expected bits")
 
-    def commit(self, bits: int) -> None:
-        """Decide for the candidate ``bits``; what is in play afterwards is this row alone."""
+    def commit(self, bits: Width) -> None:
+        """Decide for the candidate ``bits``, or for one per channel; what is in play afterwards is this
+        alone."""
         raise TypeError(f"{type(self).__name__} must say how it commits")
+
+    def whole(self) -> Width:
+        """The expected bits in whole numbers."""
+        bits: int | list[int] = self.expected().int().tolist()
+        return one_or_each(bits)
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether channels have widths of their own."""
+        return self.rows.ndim > 1 or self.candidates.ndim > 1
 
 
 class FixedBits(BitWidth):
-    """An integer width, chosen among K candidates (one, if only one is given)."""
+    """An integer width, chosen among K candidates (one, if only one is given), or one width per channel."""
 
     share = None
 
-    def __init__(self, bits: int, candidates: Sequence[int] | None = None) -> None:
+    def __init__(self, bits: int | Sequence[int], candidates: Sequence[int] | None = None) -> None:
         super().__init__()
-        candidates = list(candidates or [bits])
-        self.register_buffer("candidates", torch.tensor(candidates, dtype=torch.float32))
-        self.register_buffer("rows", torch.tensor([candidates.index(bits)]))
+        bits = one_or_each(bits)
+        self.register_buffer("candidates", torch.tensor(candidates or [bits], dtype=torch.float32))
+        self.register_buffer("rows", torch.tensor([candidates.index(bits) if candidates else 0]))
 
     def expected(self) -> Tensor:
-        """The width itself."""
+        """The width itself, or (C,)."""
         return self.candidates.index_select(0, self.rows).squeeze(0)
 
     @torch.no_grad()
-    def commit(self, bits: int) -> None:
-        """Move to the row of ``bits``; a single-row width takes the new width into its row."""
-        if len(self.candidates) == 1:
+    def commit(self, bits: Width) -> None:
+        """Move to the row of ``bits``; a single-row width takes the new width, or widths, into its row."""
+        if len(self.candidates) > 1:
+            self.rows.fill_(self.candidates.tolist().index(bits))
+        elif isinstance(bits, int) and self.candidates.ndim == 1:
             self.candidates.fill_(bits)
         else:
-            self.rows.fill_(self.candidates.tolist().index(bits))
+            self.candidates = self.candidates.new_tensor([bits])

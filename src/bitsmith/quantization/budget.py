@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 from bitsmith.errors import BudgetError, SiteError, TargetError, listing, nearest
+from bitsmith.quantization.bits import Width
+from bitsmith.quantization.channel_groups import Groups, group_names, joined, split
 from bitsmith.quantization.cost import CostModel, LayerCost
+from bitsmith.quantization.cost_kinds import AVERAGES, SHARES, constant, float_cost, layer_cost, used
 from bitsmith.quantization.cost_table import CostTable
 from bitsmith.quantization.expected_peak import ExpectedPeak
 from bitsmith.quantization.scheme import FLOAT
 
-AVERAGES = ("average_weight_bits", "average_activation_bits")
-SHARES = ("bops", "weight_bytes", "activation_bytes")  # <= 1: share of the float model
 NAMED_TABLES = ("latency", "energy")  # of the target
 
 
@@ -118,9 +119,6 @@ def _check_number(value: Any, where: str, average: bool) -> None:
         )
 
 
-# ---- one kind of cost
-
-
 def tables_of(budget: Budget, cost: CostModel) -> dict[str, CostTable]:
     """Kind ("table:NAME") -> the table, read. Raises BudgetError where the target has none, FormatError."""
     found: dict[str, CostTable] = {}
@@ -158,78 +156,6 @@ def limits(budget: Budget, cost: CostModel) -> dict[str, float]:
     return found
 
 
-def float_cost(cost: CostModel, kind: str, table: CostTable | None = None) -> Any:
-    """What shares of this kind refer to: the float model, or all layers at the dearest pair of the table."""
-    if kind == "bops":
-        return cost.bops_float
-    if kind == "weight_bytes":
-        return cost.float_bytes
-    if kind == "activation_bytes":
-        return cost.activation_bytes({})
-    if kind in AVERAGES:
-        return FLOAT
-    table = _table(kind, table)
-    return constant(cost, kind, table) + sum(
-        layer_cost(cost, kind, layer, *table.dearest, table=table) for layer in cost.layers
-    )
-
-
-def used(cost: CostModel, kind: str, bits: Mapping[str, Any], table: CostTable | None = None) -> Any:
-    """What ``bits`` (site -> width) cost: exact for integers; differentiable for tensors, but not of a table,
-    whose entries are for integers. A kind "table:NAME" needs its ``table``, unless it is a built-in one."""
-    if kind == "bops":
-        return cost.bops(bits)
-    if kind == "weight_bytes":
-        return cost.weight_bytes(bits)
-    if kind == "activation_bytes":
-        return cost.activation_bytes(bits)
-    if kind in AVERAGES:
-        return cost.average_bits(bits, kind.split("_")[1])
-    table = _table(kind, table)
-    widths = [[int(bits.get(site, FLOAT)) for site in layer.operands] for layer in cost.layers]
-    return constant(cost, kind, table) + sum(
-        layer_cost(cost, kind, layer, first, second, table=table)
-        for layer, (first, second) in zip(cost.layers, widths, strict=True)
-    )
-
-
-def constant(cost: CostModel, kind: str, table: CostTable | None = None) -> float:
-    """The part of this kind of cost that no width changes."""
-    if kind == "bops":
-        return cost.float_macs * FLOAT * FLOAT
-    if kind == "weight_bytes":
-        return cost.other_bytes
-    if kind in (*AVERAGES, "activation_bytes") or not cost.float_macs:
-        return 0
-    return _table(kind, table).cost("products outside every site", "*", cost.float_macs, (), FLOAT, FLOAT)
-
-
-def layer_cost(
-    cost: CostModel, kind: str, layer: LayerCost, first: int, second: int, table: CostTable | None = None
-) -> float:
-    """What one layer adds to a kind other than activation_bytes, its operands at these widths."""
-    if kind == "bops":
-        return layer.macs * first * second
-    if kind == "weight_bytes":
-        return int(cost.layer_bytes(layer, {layer.operands[0]: first}))
-    if kind == "average_weight_bits":
-        return layer.weight_elements * first / max(sum(x.weight_elements for x in cost.layers), 1)
-    if kind == "average_activation_bits":
-        total = sum(sum(x.activation_elements.values()) for x in cost.layers)
-        counts = [layer.activation_elements.get(site, 0) for site in layer.operands]
-        return (counts[0] * first + counts[1] * second) / max(total, 1)
-    return _table(kind, table).cost(layer.name, layer.kind, layer.macs, layer.weight_shape, first, second)
-
-
-def _table(kind: str, table: CostTable | None) -> CostTable:
-    if table is None:
-        if not kind.startswith("table:"):
-            expected = listing((*SHARES, *AVERAGES, "table:NAME"))
-            raise BudgetError("there is no such kind of cost", got=kind, expected=expected)
-        return CostTable.load(kind.removeprefix("table:"))
-    return table
-
-
 # ---- all kinds of a budget at once
 
 
@@ -237,7 +163,8 @@ class BudgetCost:
     """All costs that a budget limits, as functions of how the free sites share their candidates.
 
     candidates: site -> its widths, in the order of the columns of p; a site with one candidate, and every
-    site that is not named, is fixed (at the model's own width where it is not named).
+    site that is not named, is fixed (at the model's own width where it is not named). groups: weight site ->
+    channels of each of its groups, whose widths are chosen one by one: each is a site here (channel_groups).
 
     sites (S of them) are the free sites in the order of ``candidates``; width is the largest number of
     candidates; kinds and limits (B,) are those of the budget; fixed: site -> width of all others.
@@ -245,10 +172,21 @@ class BudgetCost:
     target multiplies), BudgetError (a table says nothing of a pair that could be chosen).
     """
 
-    def __init__(self, cost: CostModel, budget: Budget, candidates: Mapping[str, Sequence[int]]) -> None:
+    def __init__(
+        self,
+        cost: CostModel,
+        budget: Budget,
+        candidates: Mapping[str, Sequence[int]],
+        groups: Groups | None = None,
+    ) -> None:
         _check_candidates(cost, candidates)
-        self.cost, self.budget = cost, budget
-        self.candidates = {site: tuple(int(b) for b in widths) for site, widths in candidates.items()}
+        self.groups = {site: sizes for site, sizes in (groups or {}).items() if len(sizes) > 1}
+        self.whole, self.cost, self.budget = cost, split(cost, self.groups), budget
+        self.candidates = {
+            name: tuple(int(b) for b in widths)
+            for site, widths in candidates.items()
+            for name in self.names(site)
+        }
         self.sites = tuple(site for site, widths in self.candidates.items() if len(widths) > 1)
         self.width = max((len(self.candidates[site]) for site in self.sites), default=1)
         chosen = {site: widths[0] for site, widths in self.candidates.items() if len(widths) == 1}
@@ -262,8 +200,18 @@ class BudgetCost:
             _check_pairs(self, layer)
         self._coefficients()
 
-    def widths(self, site: str) -> tuple[int, ...]:
-        """The widths that ``site`` may have: its candidates, or the one it is fixed at (32: in float)."""
+    def names(self, site: str) -> tuple[str, ...]:
+        """The sites that stand for ``site`` here: its groups, or itself."""
+        return group_names(site, self.groups[site]) if site in self.groups else (site,)
+
+    def joined(self, bits: Mapping[str, Any]) -> dict[str, Any]:
+        """Bits of all sites of the model, in its order, those of groups put together."""
+        found = joined(bits, self.groups)
+        return {site: found[site] for site in self.whole.present}
+
+    def widths(self, site: str) -> tuple[Any, ...]:
+        """The widths that ``site`` may have: its candidates, or what it is fixed at (32: in float; one per
+        channel)."""
         return self.candidates.get(site) or (self.cost.present.get(site, FLOAT),)
 
     def expected(self, p: Tensor) -> Tensor:
@@ -279,25 +227,26 @@ class BudgetCost:
         at = self.kinds.index("activation_bytes")
         return torch.cat([costs[:at], peak, costs[at + 1 :]])
 
-    def exact(self, bits: Mapping[str, int]) -> dict[str, Any]:
-        """Kind -> what the plan costs; sites that ``bits`` does not name are at their fixed widths."""
-        whole = {**self.fixed, **bits}
-        return {kind: used(self.cost, kind, whole, self.tables.get(kind)) for kind in self.kinds}
+    def exact(self, bits: Mapping[str, Any]) -> dict[str, Any]:
+        """Kind -> what the plan costs; sites that ``bits`` does not name are at their fixed widths. Groups
+        may go by their own names, or be put together."""
+        whole = joined({**self.fixed, **bits}, self.groups)
+        return {kind: used(self.whole, kind, whole, self.tables.get(kind)) for kind in self.kinds}
 
     def constant(self, kind: str) -> float:
         """`constant` of a kind of this budget."""
         return constant(self.cost, kind, self.tables.get(kind))
 
-    def layer_cost(self, kind: str, layer: LayerCost, first: int, second: int) -> float:
+    def layer_cost(self, kind: str, layer: LayerCost, first: Width, second: int) -> float:
         """`layer_cost` of a kind of this budget. A pair that the target cannot multiply and that a table does
         not list counts as the layer's dearest possible pair: nothing is gained by moving towards it."""
         table = self.tables.get(kind)
-        listed = table is None or table.lists(layer.kind, layer.macs, layer.weight_shape, first, second)
+        listed = table is None or table.lists(layer.kind, layer.layer_macs, layer.weight_shape, first, second)
         if listed or self.cost.target.multiplies(first, second):
             return layer_cost(self.cost, kind, layer, first, second, table)
         return max(layer_cost(self.cost, kind, layer, *pair, table) for pair in self.pairs(layer))
 
-    def pairs(self, layer: LayerCost) -> list[tuple[int, int]]:
+    def pairs(self, layer: LayerCost) -> list[tuple[Any, int]]:
         """The pairs of widths that the operands of ``layer`` may have on this target."""
         first, second = (self.widths(site) for site in layer.operands)
         return [(w, a) for w in first for a in second if self.cost.target.multiplies(w, a)]
@@ -328,7 +277,7 @@ class BudgetCost:
         }
         self._peak = None
         if "activation_bytes" in self.kinds:
-            names = [*self.sites, *self.fixed]
+            names = [*self.sites, *(s for s, bits in self.fixed.items() if isinstance(bits, int))]
             self._peak = ExpectedPeak(self.cost.live, row, {s: self.widths(s) for s in names}, width)
 
     def _on(self, p: Tensor) -> dict[str, Tensor]:

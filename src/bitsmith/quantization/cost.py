@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitsmith.quantization.bits import Width
 from bitsmith.quantization.layers import QuantMatMul
 from bitsmith.quantization.liveness import Liveness, liveness
 from bitsmith.quantization.prepare import SWAPS_BY_QUANT
@@ -28,7 +29,25 @@ from bitsmith.quantization.trace import trace
 
 FLOAT_BYTES = 4
 
-Bits = Mapping[str, Any]  # site -> bits: int, float or a scalar tensor
+# site -> bits: int, float or a scalar tensor; of channels with widths of their own a sequence or tensor (C,)
+Bits = Mapping[str, Any]
+
+
+def times(count: int, bits: Any) -> Any:
+    """Sum of the bits of ``count`` elements or products; where channels have widths of their own, each has
+    its even share of them."""
+    if isinstance(bits, tuple | list):
+        whole, rest = divmod(count * sum(bits), len(bits))
+        return whole + rest / len(bits) if rest else whole
+    return count * (bits.mean() if isinstance(bits, Tensor) and bits.ndim else bits)
+
+
+def is_whole(bits: Any) -> bool:
+    """Whether these are widths of a plan, not expectations of a search."""
+    return all(
+        isinstance(b, int | float) and b == int(b)
+        for b in (bits if isinstance(bits, tuple | list) else [bits])
+    )
 
 
 @dataclass(frozen=True)
@@ -37,7 +56,8 @@ class LayerCost:
 
     operands: the names of its two sites (sites that stay in float have no quantizer and count 32 bits).
     weight_elements, weight_scales, weight_zero_points: 0 for a MatMul, and for a tied weight the second time.
-    activation_elements: site -> elements of the tensor.
+    activation_elements: site -> elements of the tensor. part_of: the MACs of the whole layer, where this is
+    the part of one group of its output channels (channel_groups).
     """
 
     name: str
@@ -50,6 +70,12 @@ class LayerCost:
     bias_elements: int
     activation_elements: Mapping[str, int]
     weight_shape: tuple[int, ...] = ()
+    part_of: int = 0
+
+    @property
+    def layer_macs(self) -> int:
+        """MACs of the whole layer: what a table of costs goes by."""
+        return self.part_of or self.macs
 
 
 @dataclass(frozen=True)
@@ -62,7 +88,7 @@ class CostModel:
     """
 
     layers: tuple[LayerCost, ...]
-    present: Mapping[str, int]
+    present: Mapping[str, Width]
     float_macs: int
     other_bytes: int
     float_bytes: int
@@ -74,7 +100,7 @@ class CostModel:
         total: Any = self.float_macs * FLOAT * FLOAT
         for layer in self.layers:
             first, second = (bits.get(site, FLOAT) for site in layer.operands)
-            total = total + layer.macs * first * second
+            total = total + times(layer.macs, first) * second
         return total
 
     @property
@@ -93,13 +119,14 @@ class CostModel:
         """Bytes of a layer's weight, scales, zero points and bias."""
         width = bits.get(layer.operands[0], FLOAT) if layer.weight_elements else FLOAT
         fixed = FLOAT_BYTES * layer.bias_elements
-        if not isinstance(width, Tensor) and width == FLOAT:
+        if isinstance(width, int) and width == FLOAT:
             return fixed + FLOAT_BYTES * layer.weight_elements
         fixed += FLOAT_BYTES * (layer.weight_scales + layer.weight_zero_points)
-        if isinstance(width, Tensor) or width != int(width):
-            return fixed + layer.weight_elements * width / 8
-        held = self.target.weight_containers.get(int(width), 8)
-        return fixed + math.ceil(layer.weight_elements * held / 8)
+        if not is_whole(width):
+            return fixed + times(layer.weight_elements, width) / 8
+        width = int(width) if isinstance(width, float) else width
+        held = self.target.weight_bits(layer.weight_elements, width) / 8
+        return fixed + (held if layer.part_of else math.ceil(held))
 
     def activation_bytes(self, bits: Bits) -> Any:
         """Peak bytes of the activations that live at one time, per sample; exact for integers."""
@@ -114,7 +141,7 @@ class CostModel:
                 {layer.operands[0]: layer.weight_elements} if kind == "weight" else layer.activation_elements
             )
             for site, count in counts.items():
-                total = total + count * bits.get(site, FLOAT)
+                total = total + times(count, bits.get(site, FLOAT))
                 elements += count
         return total / max(elements, 1)
 
@@ -141,8 +168,7 @@ class CostModel:
                     "operand_bits": [bits.get(site, FLOAT) for site in layer.operands],
                     "weight_elements": layer.weight_elements,
                     "weight_bytes": self.layer_bytes(layer, bits),
-                    "bops": layer.macs
-                    * bits.get(layer.operands[0], FLOAT)
+                    "bops": times(layer.macs, bits.get(layer.operands[0], FLOAT))
                     * bits.get(layer.operands[1], FLOAT),
                 }
                 for layer in self.layers
@@ -207,7 +233,7 @@ def measure(model: nn.Module, example: Any, target: str | Target | None = None) 
             other += FLOAT_BYTES * quantizer.range.shape[1] * stored
     return CostModel(
         layers=tuple(layers),
-        present={name: int(q.bits.expected()) for name, q in quantizers.items()},
+        present={name: q.bits.whole() for name, q in quantizers.items()},
         float_macs=found.float_macs,
         other_bytes=other,
         float_bytes=_bytes({id(t): t for t in plain.values()}),

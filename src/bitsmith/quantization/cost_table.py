@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -76,14 +76,30 @@ class CostTable:
         """The pair that a share of this table refers to: 32 x 32 where listed, else the widest pair."""
         return max(self._by_pair, key=lambda pair: (pair[0] * pair[1], pair))
 
-    def lists(self, kind: str, macs: int, shape: tuple[int, ...], weight_bits: int, bits: int) -> bool:
+    def lists(
+        self, kind: str, macs: int, shape: tuple[int, ...], weight_bits: int | Sequence[int], bits: int
+    ) -> bool:
         """Whether there is an entry for such a layer at this pair of widths."""
-        return any(e.fits(kind, macs, shape) for e in self._by_pair.get((weight_bits, bits), ()))
+        widths = [weight_bits] if isinstance(weight_bits, int) else sorted(set(weight_bits))
+        return all(any(e.fits(kind, macs, shape) for e in self._by_pair.get((w, bits), ())) for w in widths)
 
     def cost(
-        self, name: str, kind: str, macs: int, shape: tuple[int, ...], weight_bits: int, activation_bits: int
+        self,
+        name: str,
+        kind: str,
+        macs: int,
+        shape: tuple[int, ...],
+        weight_bits: int | Sequence[int],
+        activation_bits: int,
     ) -> float:
-        """Cost of the layer ``name``. Raises BudgetError where no entry speaks of it at these widths."""
+        """Cost of the layer ``name``; with a width per channel, that of each pair by its share of the
+        channels. Raises BudgetError where no entry speaks of it at these widths."""
+        if not isinstance(weight_bits, int):
+            shares = {bits: weight_bits.count(bits) / len(weight_bits) for bits in sorted(set(weight_bits))}
+            return sum(
+                share * self.cost(name, kind, macs, shape, bits, activation_bits)
+                for bits, share in shares.items()
+            )
         for entry in self._by_pair.get((weight_bits, activation_bits), ()):
             if entry.fits(kind, macs, shape):
                 return entry.per_layer + entry.per_mac * macs

@@ -102,11 +102,11 @@ def freeze(quantizer: Quantizer | None) -> FrozenQuantizer | None:
 
 def form_of(quantizer: Quantizer, shape: tuple[int, ...] | None = None) -> Form:
     """How the site of a quantizer is stored."""
-    scheme = quantizer.scheme
+    scheme, grids = quantizer.scheme, list(quantizer.grids().values())
     dynamic = scheme.range == "dynamic" and quantizer.kind == "activation"
     return Form(
         bits=quantizer.levels().bits,
-        grid=quantizer.grid_name(),  # type: ignore[arg-type]
+        grid=grids[0] if len(set(grids)) == 1 else tuple(grids),  # type: ignore[arg-type]
         granularity=scheme.granularity,
         group_size=scheme.group_size,
         shape=shape,

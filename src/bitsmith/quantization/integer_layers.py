@@ -21,28 +21,47 @@ from torch import Tensor, nn
 from bitsmith.numerics.affine import dequantize, quantize
 from bitsmith.numerics.blocks import Granularity, from_groups, to_groups
 from bitsmith.numerics.grid import Grid, bounds
-from bitsmith.numerics.pack import pack, unpack
+from bitsmith.numerics.pack import pack_runs, unpack_runs
+from bitsmith.quantization.bits import Width, in_words
 
 
 @dataclass(frozen=True)
 class Form:
     """What a reader must know of a site besides its tensors.
 
-    shape: of a weight. dynamic: an activation whose scale is the min-max of each tensor as it comes, over all
-    of it, over its last axis (token, group) or over all axes but ``axis`` (channel).
+    bits: one width, or one for each output channel of a weight; grid: one, or then one for each of these
+    widths, ascending. shape: of a weight. dynamic: an activation whose scale is the min-max of each tensor
+    as it comes, over all of it, over its last axis (token, group) or over all axes but ``axis`` (channel).
     """
 
-    bits: int
-    grid: Grid
+    bits: Width
+    grid: Grid | tuple[Grid, ...]
     granularity: Granularity
     group_size: int | None = None
     shape: tuple[int, ...] | None = None
     dynamic: bool = False
     axis: int = 0
 
+    @property
+    def runs(self) -> list[tuple[int, tuple[int, int, float], Any]]:
+        """(width, bounds of its grid, index of the channels that have it), ascending: one run for one
+        width."""
+        if isinstance(self.bits, int):
+            assert isinstance(self.grid, str)
+            return [(self.bits, bounds(self.grid, self.bits), slice(None))]
+        widths = sorted(set(self.bits))
+        grids = dict(
+            zip(widths, self.grid if isinstance(self.grid, tuple) else [self.grid] * len(widths), strict=True)
+        )
+        each = torch.tensor(self.bits)
+        return [(b, bounds(grids[b], b), (each == b).nonzero().flatten()) for b in widths]
+
     def __str__(self) -> str:
         size = f" of {self.group_size}" if self.group_size else ""
-        return f"{self.bits} bits, {self.grid}, per {self.granularity}{size}" + ", dynamic" * self.dynamic
+        grid = self.grid if isinstance(self.grid, str) else " and ".join(dict.fromkeys(self.grid))
+        return (
+            f"{in_words(self.bits)} bits, {grid}, per {self.granularity}{size}" + ", dynamic" * self.dynamic
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; defaults left out."""
@@ -72,17 +91,36 @@ class PackedWeight(nn.Module):
 
     @classmethod
     def from_codes(cls, codes: Tensor, form: Form, scale: Tensor, zero_point: Tensor | None) -> PackedWeight:
-        """Pack integer codes of any shape."""
-        low, _, _ = bounds(form.grid, form.bits)
-        return cls(pack(codes, form.bits, low), form, scale, zero_point)
+        """Pack integer codes of the weight's shape, the channels of the least width first."""
+        packed = pack_runs([(codes[at], bits, low) for bits, (low, _, _), at in form.runs])
+        return cls(packed, form, scale, zero_point)
 
     def integers(self) -> Tensor:
         """The stored codes, int16 in the weight's shape."""
-        low, _, _ = bounds(self.form.grid, self.form.bits)
-        return unpack(self.codes, self.form.bits, math.prod(self.shape), low).view(self.shape)
+        runs, length = self.form.runs, math.prod(self.shape[1:])
+        rows = [self.shape[0] if isinstance(at, slice) else len(at) for *_, at in runs]
+        found = unpack_runs(
+            self.codes, [(b, n * length, low) for (b, (low, _, _), _), n in zip(runs, rows, strict=True)]
+        )
+        if len(runs) == 1:
+            return found[0].view(self.shape)
+        codes = found[0].new_empty(self.shape)
+        for values, (*_, at) in zip(found, runs, strict=True):
+            codes[at.to(codes.device)] = values.view(-1, *self.shape[1:])
+        return codes
+
+    def half_step(self) -> Tensor | float:
+        """What the grid adds to a code, for all channels or each."""
+        runs = self.form.runs
+        if len({half for _, (*_, half), _ in runs}) == 1:
+            return runs[0][1][2]
+        halves = torch.zeros(self.shape[0], device=self.scale.device)
+        for _, (*_, half), at in runs:
+            halves[at.to(halves.device)] = half
+        return halves.view(self.scale.shape)
 
     def forward(self) -> Tensor:
-        _, _, half = bounds(self.form.grid, self.form.bits)
+        half = self.half_step()
         zero_point = 0.0 if self.zero_point is None else self.zero_point
         codes = self.integers().float()
         if self.form.group_size is None:
@@ -121,7 +159,7 @@ class FrozenQuantizer(nn.Module):
         self.register_buffer("zero_point", zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
-        low, high, half = bounds(self.form.grid, self.form.bits)
+        _, (low, high, half), _ = self.form.runs[0]
         zero_point = 0.0 if self.zero_point is None else self.zero_point
         grouped = self.form.group_size is not None
         blocks = to_groups(x, self.form.group_size, flatten=False) if grouped else x  # type: ignore[arg-type]

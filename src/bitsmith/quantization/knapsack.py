@@ -44,8 +44,8 @@ def classes_of(cost: BudgetCost, shared: Sequence[Sequence[str]]) -> list[Class]
     Raises SiteError for an unknown site, BudgetError for sites that must share a width and have none in
     common.
     """
-    present = list(cost.cost.present)
-    leader = {site: site for site in present}
+    present, names = list(cost.whole.present), list(cost.cost.present)
+    leader = {name: name for name in names}
 
     def find(site: str) -> str:
         while leader[site] != site:
@@ -54,7 +54,7 @@ def classes_of(cost: BudgetCost, shared: Sequence[Sequence[str]]) -> list[Class]
 
     for group in shared:
         for site in group:
-            if site not in leader:
+            if site not in present:
                 close = nearest(site, present) or present[:3]
                 raise SiteError(
                     "there is no such site to share a width",
@@ -63,11 +63,12 @@ def classes_of(cost: BudgetCost, shared: Sequence[Sequence[str]]) -> list[Class]
                 )
     rules: list[Shared] = [cost.cost.target.shared, *(table.shared for table in cost.tables.values())]
     for group in [*shared, *(group for rule in rules for group in _matched(rule, present))]:
-        for site in group[1:]:
-            leader[find(site)] = find(group[0])
+        for parts in _in_step([cost.names(site) for site in group]):
+            for name in parts[1:]:
+                leader[find(name)] = find(parts[0])
     members: dict[str, list[str]] = {}
-    for site in present:
-        members.setdefault(find(site), []).append(site)
+    for name in names:
+        members.setdefault(find(name), []).append(name)
     classes = []
     for group in members.values():
         widths = [w for w in cost.widths(group[0]) if all(w in cost.widths(site) for site in group)]
@@ -80,6 +81,14 @@ def classes_of(cost: BudgetCost, shared: Sequence[Sequence[str]]) -> list[Class]
             )
         classes.append((tuple(group), tuple(widths)))
     return classes
+
+
+def _in_step(sites: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """What shares a width where sites do: their first groups, their second, ...; all, if the numbers
+    differ."""
+    if len({len(names) for names in sites}) == 1:
+        return list(zip(*sites, strict=True))
+    return [tuple(name for names in sites for name in names)]
 
 
 def _matched(shared: Shared, present: Sequence[str]) -> Iterable[list[str]]:
@@ -107,6 +116,7 @@ class Program:
         self.columns = int(self.start[-1])
         self.products: list[int] = []
         self.upper: dict[int, float] = {}
+        self.rounding = 7 / 8 * self._count_ragged()  # bytes that the rows lie below the file at most
         self.equalities: list[tuple[Row, float]] = [
             ({self.start[c] + k: 1.0 for k in range(len(widths))}, 1.0)
             for c, (_, widths) in enumerate(self.classes)
@@ -148,9 +158,9 @@ class Program:
         time_limit: float | None = None,
         gap: float = 0.0,
     ) -> Solution | None:
-        """The plan that maximizes ``objective`` within ``limits`` (tightened by the relative ``slack``), not
-        below ``floors``, none of ``cuts``; None where there is none. Raises BudgetError where the time was
-        too short to find one."""
+        """The plan that maximizes ``objective`` within ``limits`` (tightened by the relative ``slack``, and
+        then by all bytes that codes of groups may be rounded up by), not below ``floors``, none of
+        ``cuts``; None where there is none. Raises BudgetError where the time was too short to find one."""
         from scipy.optimize import Bounds, LinearConstraint, milp  # a second: only who allocates pays it
         from scipy.sparse import csr_array
 
@@ -159,6 +169,8 @@ class Program:
         for kind, limit in limits.items():
             row = {i: a / limit for i, a in self.costs[kind].items()}
             most = self._between(kind, limit) * (1 - slack) - self._constant(kind)
+            if slack and kind == "weight_bytes":
+                most -= self.rounding
             rows.append((row, -np.inf, most / limit))
         for kind, floor in (floors or {}).items():
             row = {i: a / floor for i, a in self.costs[kind].items()}
@@ -244,6 +256,8 @@ class Program:
         }
         if kind.startswith("table:"):
             return limit
+        if kind == "weight_bytes" and self.rounding:  # eighths of a byte; the file's are whole
+            return math.floor(limit * (1 + 1e-12)) + 1 / 16
         units = max(elements.get(kind, 1), 1)
         return (math.floor(limit * units * (1 + 1e-12)) + 0.5) / units
 
@@ -296,6 +310,18 @@ class Program:
                 self.upper[column] = 0.0
             for kind, table in tables.items():
                 _add(self.costs[kind], column, table[pair])
+
+    def _count_ragged(self) -> int:
+        """Layers in groups whose codes, group by group, do not fill whole bytes."""
+        held, layers = self.cost.cost.target.weight_bits, self.cost.cost.layers
+        return len(
+            {
+                layer.name
+                for layer in layers
+                if layer.part_of
+                and any(held(layer.weight_elements, w) % 8 for w in self.cost.widths(layer.operands[0]))
+            }
+        )
 
     def _add_peak(self) -> None:
         """A variable for every tensor that several classes read, and one for the peak above all moments."""

@@ -7,6 +7,7 @@ from itertools import combinations
 from typing import Any
 
 from bitsmith.errors import BudgetError
+from bitsmith.quantization.bits import in_words
 from bitsmith.quantization.budget import BudgetCost
 from bitsmith.quantization.knapsack import Program
 from bitsmith.quantization.scheme import FLOAT
@@ -73,7 +74,7 @@ def _contradiction(cost: BudgetCost, program: Program, limits: Mapping[str, floa
     )
 
 
-def _held_up(cost: BudgetCost, kind: str, bits: Mapping[str, int], total: float) -> str:
+def _held_up(cost: BudgetCost, kind: str, bits: Mapping[str, Any], total: float) -> str:
     """What of ``total`` no choice among the candidates changes, the largest parts first."""
     parts = fixed_parts(cost, kind, bits)
     shown = [(what, part) for what, part in parts if part > 0.005 * total][:NAMED]
@@ -82,13 +83,13 @@ def _held_up(cost: BudgetCost, kind: str, bits: Mapping[str, int], total: float)
     return "; held up by " + ", ".join(f"{what}: {part / total:.0%}" for what, part in shown)
 
 
-def fixed_parts(cost: BudgetCost, kind: str, bits: Mapping[str, int]) -> list[tuple[str, float]]:
+def fixed_parts(cost: BudgetCost, kind: str, bits: Mapping[str, Any]) -> list[tuple[str, float]]:
     """(what, cost) of the fixed sites and float leftovers that ``kind`` counts, dearest first."""
     free = set(cost.sites)
 
     def width(site: str) -> str:
         at = bits.get(site, FLOAT)
-        return "float" if at == FLOAT else str(at)
+        return "float" if at == FLOAT else in_words(at)
 
     if kind == "activation_bytes":
         live, known = cost.cost.live, dict(bits)

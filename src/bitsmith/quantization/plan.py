@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from bitsmith.errors import FormatError, SiteError, listing, nearest
 from bitsmith.files import read_json, write_json
-from bitsmith.quantization.bits import BitWidth
+from bitsmith.quantization.bits import BitWidth, Width, one_or_each
 from bitsmith.quantization.layers import operand_quantizers, weights_of
 from bitsmith.quantization.quantizer import Quantizer, sites
 from bitsmith.quantization.target import get_target
@@ -21,10 +22,11 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class PlannedSite:
-    """The decision for one site. grid, granularity, group_size: as trained; scale_dtype: as stored."""
+    """The decision for one site. bits: one width, or one for each output channel of a weight; grid,
+    granularity, group_size: as trained; scale_dtype: as stored."""
 
     kind: str
-    bits: int
+    bits: Width
     grid: str = "auto"
     granularity: str = "tensor"
     group_size: int | None = None
@@ -44,8 +46,8 @@ class Plan:
     budget: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def bits(self) -> dict[str, int]:
-        """Site -> bits."""
+    def bits(self) -> dict[str, Width]:
+        """Site -> bits, one width or one per output channel."""
         return {name: site.bits for name, site in self.sites.items()}
 
     def to_dict(self) -> dict[str, Any]:
@@ -53,7 +55,7 @@ class Plan:
         return {
             "version": VERSION,
             "target": self.target,
-            "sites": {name: dict(vars(site)) for name, site in self.sites.items()},
+            "sites": {name: _entry(site) for name, site in self.sites.items()},
             "cost": dict(self.cost),
             "budget": dict(self.budget),
         }
@@ -71,16 +73,22 @@ class Plan:
         planned = {}
         for name, entry in value["sites"].items():
             bits = entry.get("bits") if isinstance(entry, Mapping) else None
-            if (
-                not isinstance(bits, int)
-                or not 1 <= bits <= 8
-                or entry.get("kind") not in ("weight", "activation")
-            ):
+            widths = bits if isinstance(bits, list) else [bits]
+            whole = widths and all(type(b) is int and 1 <= b <= 8 for b in widths)
+            if not whole or entry.get("kind") not in ("weight", "activation"):
                 raise FormatError(
                     "this site of the plan is not valid",
                     where=f"{where}: sites.{name}",
                     got=repr(entry),
-                    expected="kind weight or activation and bits 1 to 8",
+                    expected="kind weight or activation and bits 1 to 8, or a list of such",
+                )
+            if isinstance(bits, list) and (entry["kind"], entry.get("granularity")) != ("weight", "channel"):
+                raise FormatError(
+                    "this site of the plan cannot have a width per channel",
+                    where=f"{where}: sites.{name}.bits",
+                    got=f"{entry['kind']}, granularity {entry.get('granularity', 'tensor')}",
+                    expected="kind weight, granularity channel",
+                    remedy="Give it one width",
                 )
             unknown = [k for k in entry if k not in PlannedSite.__dataclass_fields__]
             if unknown:
@@ -90,7 +98,7 @@ class Plan:
                     where=f"{where}: sites.{name}.{unknown[0]}",
                     remedy=f"Did you mean {close[0]}?" if close else "",
                 )
-            planned[name] = PlannedSite(**entry)
+            planned[name] = PlannedSite(**{**entry, "bits": tuple(bits) if isinstance(bits, list) else bits})
         return cls(planned, value.get("target", "native"), value.get("cost") or {}, value.get("budget") or {})
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -103,8 +111,12 @@ class Plan:
         return cls.from_dict(read_json(path, "plan"), str(path))
 
 
+def _entry(site: PlannedSite) -> dict[str, Any]:
+    return {**vars(site), "bits": site.bits if isinstance(site.bits, int) else list(site.bits)}
+
+
 def plan_of(
-    model: nn.Module, cost: Mapping[str, Any] | None = None, *, bits: Mapping[str, int] | None = None
+    model: nn.Module, cost: Mapping[str, Any] | None = None, *, bits: Mapping[str, Width] | None = None
 ) -> Plan:
     """The plan that a prepared model stands at; with ``bits`` of some sites, the one a method chose.
 
@@ -116,26 +128,34 @@ def plan_of(
     return Plan(planned, getattr(model, "bitsmith_target", "native"), cost or {})
 
 
-def _planned(quantizer: Quantizer, bits: int | None) -> PlannedSite:
-    row, candidates = None, quantizer.bits.candidates.int().tolist()
-    if bits is not None:
-        if bits not in candidates:
+def _planned(quantizer: Quantizer, bits: Width | None) -> PlannedSite:
+    row: int | Tensor | None = None
+    one_row = len(quantizer.bits.candidates) == 1
+    if bits is not None and not (one_row and bits == quantizer.bits.whole()):
+        candidates = quantizer.bits.candidates.int().flatten().tolist()
+        bits = one_or_each(bits)
+        missing = [b for b in ([bits] if isinstance(bits, int) else bits) if b not in candidates]
+        if missing:
             raise SiteError(
                 "this width is not a candidate here",
                 where=quantizer.name,
-                got=bits,
-                expected=listing(candidates),
+                got=missing[0],
+                expected=listing(sorted(set(candidates))),
             )
-        row = candidates.index(bits)
-    at, grid = quantizer.levels(row), quantizer.grid_name(row)
+        row = (
+            candidates.index(bits)
+            if isinstance(bits, int)
+            else torch.tensor([candidates.index(b) for b in bits])
+        )
+    at, grids = quantizer.levels(row), set(quantizer.grids(row).values())
     return PlannedSite(
         kind=quantizer.kind,
         bits=at.bits,
-        grid=grid,
+        grid=quantizer.grid_name(row),
         granularity=quantizer.scheme.granularity,
         group_size=quantizer.scheme.group_size,
-        symmetric=grid not in ("unsigned", "asymmetric"),
-        signed=at.low < 0,
+        symmetric=not grids & {"unsigned", "asymmetric"},
+        signed=bool((torch.as_tensor(at.low) < 0).any()),
     )
 
 
@@ -156,21 +176,23 @@ class CommitReport:
         return text
 
 
-def commit(model: nn.Module, plan: Plan | Mapping[str, int]) -> CommitReport:
-    """Set the decided widths. Every tensor keeps its shape and every key its name.
+def commit(model: nn.Module, plan: Plan | Mapping[str, int | Sequence[int]]) -> CommitReport:
+    """Set the decided widths. Every tensor keeps its shape and every key its name; but where a site of one
+    width takes a width per channel, or back, the buffers that say so change theirs.
 
     Raises SiteError where plan and model do not have the same sites, SchemeError for a width that a site's
-    grid has not, TargetError for a pair of widths that the target does not multiply; the model is then as it
-    was.
+    grid has not, or a list that does not fit it, TargetError for a pair of widths that the target does not
+    multiply; the model is then as it was.
     """
-    bits = plan.bits if isinstance(plan, Plan) else dict(plan)
+    given = plan.bits if isinstance(plan, Plan) else plan
     quantizers = sites(model)
-    _check_names(bits, quantizers, "the plan has a site that the model has not")
-    missing = [name for name in quantizers if name not in bits]
+    _check_names(given, quantizers, "the plan has a site that the model has not")
+    missing = [name for name in quantizers if name not in given]
     if missing:
         raise SiteError("the plan says nothing of this site", where=missing[0], remedy="Add it to the plan")
+    bits: dict[str, Width] = {n: b if isinstance(b, int) else tuple(b) for n, b in given.items()}
     for name, width in bits.items():
-        quantizers[name].check_width(width)
+        quantizers[name].check_commit(width)
     target = get_target(getattr(model, "bitsmith_target", "native"))
     for first, second in operand_quantizers(model):
         if first is not None and second is not None:  # a float operand is no matter of the target's

@@ -16,8 +16,10 @@ from torch import nn
 
 from bitsmith.errors import SchemeError, SiteError, listing, nearest
 from bitsmith.numerics.blocks import group_count
+from bitsmith.quantization.bits import Width, in_words
 from bitsmith.quantization.layers import SWAPS
-from bitsmith.quantization.quantizer import Quantizer, observe_weight, sites
+from bitsmith.quantization.quantizer import Quantizer, sites
+from bitsmith.quantization.rows import observe_weight
 from bitsmith.quantization.scheme import FLOAT, Scheme
 from bitsmith.quantization.target import Target, get_target
 
@@ -35,11 +37,11 @@ class Leftover:
 
 @dataclass(frozen=True)
 class CoveredSite:
-    """A quantized site, as the coverage shows it."""
+    """A quantized site, as the coverage shows it; bits: one width, or one per output channel."""
 
     name: str
     kind: str
-    bits: int
+    bits: Width
     grid: str
     granularity: str
     elements: int
@@ -76,7 +78,9 @@ class Coverage:
         lines = [
             f"{len(self.sites)} sites; {self.quantized_share:.1%} of {self.parameters:,} parameters quantized"
         ]
-        lines += [f"  {s.name:<{width}}  {s.bits} bits  {s.grid}, per {s.granularity}" for s in self.sites]
+        lines += [
+            f"  {s.name:<{width}}  {in_words(s.bits)} bits  {s.grid}, per {s.granularity}" for s in self.sites
+        ]
         lines += [f"  float: {reason} ({', '.join(names)})" for reason, names in why.items()]
         return "\n".join(lines)
 
@@ -288,7 +292,7 @@ def coverage(model: nn.Module) -> Coverage:
                 CoveredSite(
                     name,
                     quantizer.kind,
-                    int(quantizer.bits.expected()),
+                    quantizer.bits.whole(),
                     quantizer.grid_name(),
                     quantizer.scheme.granularity,
                     elements,

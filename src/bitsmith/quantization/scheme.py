@@ -24,7 +24,8 @@ FLOAT = 32  # bits that mean: leave the site in float
 class Scheme:
     """How a tensor is quantized.
 
-    bits         1..8, or 32 to leave the site in float
+    bits         1..8, or 32 to leave the site in float; of a weight per channel also a list of 1..8, one
+                 width for each output channel
     granularity  what shares a scale: tensor, channel, group (of ``group_size``), token (activations, dynamic)
     grid         numerics.grid; auto: `seq` for weights of 1-2 bits where the target holds it and `symmetric`
                  above; for activations what calibration sees: `unsigned` without negative values,
@@ -36,7 +37,7 @@ class Scheme:
     estimator    what stands in for the derivative of rounding (numerics.rounding)
     """
 
-    bits: int = 8
+    bits: int | tuple[int, ...] = 8
     granularity: Granularity = "tensor"
     group_size: int | None = None
     grid: GridChoice = "auto"
@@ -45,16 +46,26 @@ class Scheme:
     estimator: Estimator = "clipped"
 
     def __post_init__(self) -> None:
-        if (
-            not isinstance(self.bits, int)
-            or isinstance(self.bits, bool)
-            or self.bits not in (*range(1, 9), FLOAT)
-        ):
+        widths: tuple[Any, ...] = (self.bits,)
+        if isinstance(self.bits, list | tuple):
+            object.__setattr__(self, "bits", tuple(self.bits))
+            widths = tuple(self.bits)
+        allowed = (*range(1, 9), FLOAT) if isinstance(self.bits, int) else range(1, 9)
+        wrong = [b for b in widths if not isinstance(b, int) or isinstance(b, bool) or b not in allowed]
+        if wrong or not widths:
             raise SchemeError(
                 "no such bit-width",
                 where="bits",
-                got=self.bits,
-                expected="1 to 8, or 32 to leave the site in float",
+                got=wrong[0] if wrong else "an empty list",
+                expected="1 to 8, or 32 to leave the site in float; in a list 1 to 8 for each output channel",
+            )
+        if isinstance(self.bits, tuple) and self.granularity != "channel":
+            raise SchemeError(
+                "only channels with a scale each can have a width each",
+                where="granularity",
+                got=self.granularity,
+                expected="channel where bits is a list",
+                remedy="Set granularity: channel, or give one width for all",
             )
         for name, choices in CHOICES.items():
             value = getattr(self, name)
@@ -97,14 +108,14 @@ class Scheme:
                 got="asymmetric",
                 expected="auto, symmetric or unsigned",
             )
-        if self.grid == "symmetric" and self.bits == 1:
+        if self.grid == "symmetric" and 1 in widths:
             raise SchemeError(
                 "a symmetric grid of one bit is {-1, 0}",
                 where="grid",
                 got="symmetric",
                 expected="seq or auto at 1 bit",
             )
-        if self.grid == "balanced" and self.bits == 1:
+        if self.grid == "balanced" and 1 in widths:
             raise SchemeError(
                 "a balanced grid of one bit holds only 0",
                 where="grid",

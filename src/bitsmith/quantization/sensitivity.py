@@ -27,10 +27,13 @@ from bitsmith.quantization.quantizer import Quantizer
 def sensitivity(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], loss: Callable[[Tensor, Tensor], Tensor]
 ) -> dict[str, Tensor]:
-    """Site -> score of each of its rows (K,), in squared loss per sample; of all sites of a calibrated model.
+    """Site -> score of each of its rows, (K,), in squared loss per sample; of all sites of a calibrated
+    model.
 
     ``loss(outputs, targets)`` is a mean over the samples of a batch. A site with several rows (a method gave
-    it candidates) has a score for each. A tied weight has the sum over the layers that use it.
+    it candidates) has a score for each, and where channels of a weight have widths of their own, for each
+    channel (K, C): an output channel sees its own weights alone. A tied weight has the sum over the layers
+    that use it.
     """
     layers = {name: m for name, m in model.named_modules() if type(m) in SWAPS_BY_QUANT}
     scores: dict[str, Tensor] = {}
@@ -54,7 +57,8 @@ ADAPTED = 0.3  # share of a weight's score
 
 
 def after_training(scores: Mapping[str, Tensor], weights: Collection[str]) -> dict[str, Tensor]:
-    """``scores`` (site -> (K,)) made fit to choose widths for a model that will be trained; no longer losses.
+    """``scores`` (site -> (K,), or of each channel (K, C)) made fit to choose widths for a model that will
+    be trained; no longer losses.
 
     A score is the loss of a model that is rounded and left so. Training takes away most where most was lost:
     the levels of the sites (geometric means over their widths) move towards one another. And it moves
@@ -62,8 +66,10 @@ def after_training(scores: Mapping[str, Tensor], weights: Collection[str]) -> di
     """
     fit = {}
     for name, row in scores.items():
-        logs = row.clamp(min=torch.finfo(row.dtype).tiny).log()
-        fit[name] = torch.exp(logs - (1 - EVENED) * logs.mean()) * (ADAPTED if name in weights else 1.0)
+        least = torch.finfo(row.dtype).tiny
+        logs, whole = row.clamp(min=least).log(), row if row.ndim == 1 else row.sum(1)
+        level = whole.clamp(min=least).log().mean()
+        fit[name] = torch.exp(logs - (1 - EVENED) * level) * (ADAPTED if name in weights else 1.0)
     return fit
 
 
@@ -100,7 +106,12 @@ def _add_scores(
         for row in range(len(quantizer.bits.candidates)):
             with without_quantizers([layer]):
                 changed = _output_at(layer, operand, quantizer, row, inputs)
-            errors.append((g * (changed - y)).square().sum())
+            squares = (g * (changed - y)).square()
+            if quantizer.bits.per_channel:
+                axis = squares.ndim - 1 if isinstance(layer, nn.Linear) else 1
+                errors.append(squares.movedim(axis, 0).flatten(1).sum(1))
+            else:
+                errors.append(squares.sum())
         total = torch.stack(errors)
         scores[quantizer.name] = scores[quantizer.name] + total if quantizer.name in scores else total
 

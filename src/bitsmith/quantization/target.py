@@ -7,7 +7,7 @@ not found out at export. Containers say how many bits a code of b bits takes in 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from bitsmith.errors import FormatError, TargetError, listing, nearest
 from bitsmith.files import read_json
 from bitsmith.numerics.blocks import GRANULARITIES
+from bitsmith.quantization.bits import in_words
 from bitsmith.quantization.cost_table import BUILT_IN, CostTable, Shared, shared_from, unknown
 from bitsmith.quantization.scheme import CHOICES, FLOAT, Scheme
 
@@ -28,6 +29,9 @@ class Target:
     weight_containers      bits of a code -> bits that it takes in the file
     weight_granularities, activation_granularities, grids, activation_ranges: what it can hold
     runs                   what runs the file, for people
+    channel_widths         where the output channels of one weight have widths of their own: "own", each
+                           channel is stored at its width; "widest", all in the container of the widest;
+                           "none", refused
     pairs                  (weight, activation) widths that it can multiply; None: all. A float operand is no
                            matter of the target's
     shared                 sites that must have one width (cost_table.shared_from)
@@ -41,22 +45,32 @@ class Target:
     weight_grids: tuple[str, ...]
     dynamic_activations: bool
     runs: str
+    channel_widths: str = "none"
     pairs: tuple[tuple[int, int], ...] | None = None
     shared: Shared = ()
     latency: CostTable | None = None
     energy: CostTable | None = None
 
-    def multiplies(self, first: int, second: int) -> bool:
+    def multiplies(self, first: int | Sequence[int], second: int) -> bool:
         """Whether it has a product of operands of these widths (of a MatMul, left and right)."""
-        return self.pairs is None or FLOAT in (first, second) or (first, second) in self.pairs
+        widths = [first] if isinstance(first, int) else set(first)
+        return self.pairs is None or all(FLOAT in (b, second) or (b, second) in self.pairs for b in widths)
 
-    def check_pair(self, first: str, second: str, widths: tuple[int, int]) -> None:
+    def weight_bits(self, elements: int, bits: int | Sequence[int]) -> int:
+        """Bits that the codes of a weight of ``elements`` take in the file at ``bits``, one or one per
+        channel."""
+        held = [self.weight_containers.get(b, 8) for b in ([bits] if isinstance(bits, int) else bits)]
+        if self.channel_widths != "own":
+            held = [max(held)]
+        return elements // len(held) * sum(held)
+
+    def check_pair(self, first: str, second: str, widths: tuple[Any, Any]) -> None:
         """Raise TargetError where it has no product of the sites ``first`` and ``second`` at these widths."""
         if not self.multiplies(*widths):
             raise TargetError(
                 f"target {self.name} does not multiply this pair of widths",
                 where=f"{first} x {second}",
-                got=f"{widths[0]} x {widths[1]} bits",
+                got=f"{in_words(widths[0])} x {in_words(widths[1])} bits",
                 expected=listing(f"{a} x {b}" for a, b in self.pairs or ()),
                 remedy="Give these sites the bits of a pair that it lists, by the schemes or an override",
             )
@@ -72,21 +86,31 @@ class Target:
                 expected=listing(allowed),
                 remedy="Choose one of these, or target: native",
             )
-        if kind == "weight" and scheme.bits not in self.weight_containers:
+        widths = sorted(set(scheme.bits)) if isinstance(scheme.bits, tuple) else [scheme.bits]
+        if len(widths) > 1 and self.channel_widths == "none":
             raise TargetError(
-                f"target {self.name} stores no such width",
+                f"target {self.name} holds one width for all channels of a weight",
                 where=f"{site}.bits",
-                got=scheme.bits,
-                expected=listing(str(b) for b in self.weight_containers),
+                got=f"{len(widths)} widths",
+                remedy="Give one width, or choose a target that holds channels at widths of their own, "
+                "such as native",
             )
         multiplied = {bits for pair in self.pairs or () for bits in pair}
-        if self.pairs is not None and scheme.bits not in multiplied:
-            raise TargetError(
-                f"target {self.name} multiplies no such width",
-                where=f"{site}.bits",
-                got=scheme.bits,
-                expected=listing(str(b) for b in sorted(multiplied)),
-            )
+        for bits in widths:
+            if kind == "weight" and bits not in self.weight_containers:
+                raise TargetError(
+                    f"target {self.name} stores no such width",
+                    where=f"{site}.bits",
+                    got=bits,
+                    expected=listing(str(b) for b in self.weight_containers),
+                )
+            if self.pairs is not None and bits not in multiplied:
+                raise TargetError(
+                    f"target {self.name} multiplies no such width",
+                    where=f"{site}.bits",
+                    got=bits,
+                    expected=listing(str(b) for b in sorted(multiplied)),
+                )
         if kind == "weight" and scheme.grid not in ("auto", *self.weight_grids):
             raise TargetError(
                 f"target {self.name} does not hold this grid",
@@ -111,6 +135,7 @@ class Target:
             )
 
 
+CHANNEL_WIDTHS = ("own", "widest", "none")
 TRUE_SIZE = {bits: bits for bits in range(1, 9)}
 
 TARGETS: dict[str, Target] = {
@@ -122,6 +147,7 @@ TARGETS: dict[str, Target] = {
         weight_grids=("symmetric", "balanced", "seq", "unsigned", "asymmetric"),
         dynamic_activations=True,
         runs="Bitsmith itself, on any machine with PyTorch",
+        channel_widths="own",
     ),
     "onnxruntime": Target(
         name="onnxruntime",
@@ -132,6 +158,7 @@ TARGETS: dict[str, Target] = {
         weight_grids=("symmetric", "balanced", "seq"),
         dynamic_activations=False,
         runs="ONNX Runtime; weights packed in the file, products in float",
+        channel_widths="widest",
     ),
     "research": Target(
         name="research",
@@ -141,6 +168,7 @@ TARGETS: dict[str, Target] = {
         weight_grids=("symmetric", "balanced", "seq", "unsigned", "asymmetric"),
         dynamic_activations=True,
         runs="no runtime: figures only",
+        channel_widths="own",
     ),
 }
 
@@ -210,6 +238,13 @@ def load_target(path: str | os.PathLike[str]) -> Target:
             value, "dynamic_activations", where, lambda v: v if isinstance(v, bool) else None, "true or false"
         ),
         runs=_read(value, "runs", where, lambda v: v if isinstance(v, str) else None, "text: what runs it"),
+        channel_widths=_read(
+            {"channel_widths": "none", **value},
+            "channel_widths",
+            where,
+            lambda v: v if v in CHANNEL_WIDTHS else None,
+            listing(CHANNEL_WIDTHS),
+        ),
         pairs=pairs,
         shared=shared_from(value.get("shared", []), f"{where}: shared"),
         latency=table("latency"),

@@ -19,6 +19,7 @@ from torch import nn
 from bitsmith.methods import Method
 from bitsmith.quantization import commit, sites
 from bitsmith.quantization.allocate import uniform_plan
+from bitsmith.quantization.bits import Width
 from bitsmith.quantization.budget import BudgetCost
 from bitsmith.quantization.cost_table import CostTable
 from bitsmith.quantization.sensitivity import after_training, sensitivity
@@ -53,7 +54,7 @@ def start(search: Any, model: nn.Module, data: Data, seed: int) -> None:
     batches = [(to_float(data.train_x[part]), data.train_y[part]) for part in rows.split(BATCH)]
     weights = [name for name, quantizer in sites(model).items() if quantizer.kind == "weight"]
     scores = after_training(sensitivity(model, batches, F.cross_entropy), weights)
-    search.start_at({name: -scores[name] for name in search.cost.sites})
+    search.start_at({name: -score for name, score in scores.items()})
 
 
 def nearest_rounding(search: Any, model: nn.Module) -> nn.Module:
@@ -63,7 +64,7 @@ def nearest_rounding(search: Any, model: nn.Module) -> nn.Module:
     return rounded
 
 
-def uniform_recipe(recipe: Recipe, search: Any) -> tuple[Recipe, dict[str, int]]:
+def uniform_recipe(recipe: Recipe, search: Any) -> tuple[Recipe, dict[str, Width]]:
     """The competitor's recipe: the same without the search, and the uniform plan's widths."""
     bits = uniform_plan(search.cost)
     overrides: Mapping[str, dict[str, Any]] = {glob.escape(name): {"bits": b} for name, b in bits.items()}
@@ -89,8 +90,8 @@ def is_ahead(
     uniform: Mapping[str, Any],
     searched: Mapping[str, Any],
     cost: BudgetCost,
-    widths: Mapping[str, int],
-    bits: Mapping[str, int],
+    widths: Mapping[str, Width],
+    bits: Mapping[str, Width],
 ) -> bool:
     """Whether the uniform plan is delivered: more accurate on the validation split; as accurate, as happens
     on a small split, and of a lower loss there; alike in both and not dearer."""
@@ -102,7 +103,7 @@ def is_ahead(
     return all(cost.exact(widths)[kind] <= used for kind, used in cost.exact(bits).items())
 
 
-def budget_entries(search: Any, bits: Mapping[str, int]) -> list[dict[str, Any]]:
+def budget_entries(search: Any, bits: Mapping[str, Width]) -> list[dict[str, Any]]:
     """The ``budget`` part of metrics.json: kind, limit and use of every budget, absolute; a table's unit."""
     used, tables = search.cost.exact(bits), search.cost.tables
     return [
@@ -112,7 +113,7 @@ def budget_entries(search: Any, bits: Mapping[str, int]) -> list[dict[str, Any]]
     ]
 
 
-def describe_uniform(bits: Mapping[str, int], search: Any) -> str:
+def describe_uniform(bits: Mapping[str, Width], search: Any) -> str:
     """The width of a uniform plan in words, such as "3 x 3"."""
-    widths = sorted({bits[name] for name in search.cost.sites})
+    widths = sorted({str(bits[name]) for name in search.widths})
     return " or ".join(f"{b} x {b}" for b in widths)

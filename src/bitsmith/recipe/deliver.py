@@ -22,7 +22,7 @@ from bitsmith.errors import BudgetError, ExportMismatch
 from bitsmith.export import save, to_onnx, verify
 from bitsmith.files import write_atomic, write_json
 from bitsmith.quantization import CostModel, CostTable, measure, plan_of
-from bitsmith.quantization.budget import used
+from bitsmith.quantization.cost_kinds import used
 from bitsmith.quantization.finalize import finalize
 from bitsmith.recipe.competition import Outcome
 from bitsmith.recipe.environment import environment

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from bitsmith.errors import BudgetError, RecipeError, listing, nearest
-from bitsmith.quantization.budget import AVERAGES, SHARES, Budget
+from bitsmith.quantization.budget import Budget
+from bitsmith.quantization.cost_kinds import AVERAGES, SHARES
 from bitsmith.recipe.schema import Recipe
 
 KINDS = (*SHARES, *AVERAGES)

@@ -24,6 +24,7 @@ from bitsmith.errors import Interrupted, RecipeError
 from bitsmith.files import write_json
 from bitsmith.quantization import FixedBits, Plan, calibrate, measure, plan_of, set_bits, sites
 from bitsmith.quantization.allocate import allocate
+from bitsmith.quantization.bits import in_words
 from bitsmith.quantization.budget import Budget, BudgetCost
 from bitsmith.quantization.knapsack import classes_of
 from bitsmith.quantization.prepare import SWAPS_BY_QUANT
@@ -122,6 +123,14 @@ class Sites:
         prepare_sites(without_search(recipe), model, plan, data.example(), check_pairs=budget is None)
         quantizers = sites(model)
         self.recipe, self.model, self.data = recipe, model, data
+        for name, q in quantizers.items():
+            if q.bits.per_channel:
+                raise RecipeError(
+                    "sites are scored at one width for all channels",
+                    where=f"{recipe.plan or 'quantize.overrides'}: {name}",
+                    got=f"{in_words(q.bits.whole())} bits",
+                    remedy="Give the site one width, or leave the plan out",
+                )
         self.own = {name: int(q.bits.expected()) for name, q in quantizers.items()}
         widths = list(options.get("candidates", CANDIDATES))
         pinned = {name for name, q in quantizers.items() if q.pinned}
@@ -189,7 +198,7 @@ def _plan(found: Sites, scores: Mapping[str, Tensor] | None) -> dict[str, Any]:
     """
     cost = found.cost
     if found.budget is None:
-        bits = found.own
+        bits: Mapping[str, Any] = found.own
     else:
         zero = {name: [0.0] * len(found.candidates[name]) for name in cost.sites}
         bits = allocate(cost, zero if scores is None else _values(found, scores)).bits

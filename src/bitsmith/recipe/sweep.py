@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from bitsmith.errors import BudgetError, FormatError, RecipeError
 from bitsmith.files import read_json, write_json
 from bitsmith.quantization import Plan
-from bitsmith.quantization.budget import BudgetCost, float_cost
+from bitsmith.quantization.bits import Width, mean_width, one_or_each
+from bitsmith.quantization.budget import BudgetCost
+from bitsmith.quantization.cost_kinds import float_cost
 from bitsmith.recipe import competition
 from bitsmith.recipe.baseline import float_model, lend
 from bitsmith.recipe.directory import load_stage, open_run
@@ -162,18 +164,23 @@ def _points(recipe: Recipe, kind: str, budgets: Sequence[float], data: Data, mod
 
 
 def around(
-    candidates: Mapping[str, Sequence[int]], scores: Mapping[str, Tensor], bits: Mapping[str, int]
+    candidates: Mapping[str, Sequence[int]], scores: Mapping[str, Tensor], bits: Mapping[str, Width]
 ) -> dict[str, Tensor]:
-    """Site -> the worth of each candidate (K,), seen from the plan ``bits``, where it is 0."""
+    """Site -> the worth of each candidate (K,), seen from the plan ``bits``, where it is 0; a site whose
+    channels have widths of their own is seen from the candidate nearest to their mean."""
     values = {}
     for name, score in scores.items():
-        if bits[name] in candidates[name]:
-            lost = score - score[list(candidates[name]).index(bits[name])]
+        width = bits[name]
+        if not isinstance(width, int):
+            mean = mean_width(width)
+            width = sorted((abs(b - mean), b) for b in candidates[name])[0][1]
+        if width in candidates[name]:
+            lost = score - score[list(candidates[name]).index(width)]
             values[name] = -torch.where(lost > 0, lost, GAIN * lost)
     return values
 
 
-def _searched_bits(directory: Path, point: Point) -> dict[str, int]:
+def _searched_bits(directory: Path, point: Point) -> dict[str, Width]:
     """What the search of a finished point decided, whoever won there."""
     found = load_stage(directory / point.name, "qat")
     if found is None or not found[1].get("bits"):
@@ -183,7 +190,7 @@ def _searched_bits(directory: Path, point: Point) -> dict[str, int]:
             expected="checkpoints/qat.safetensors with the plan that was searched",
             remedy="Delete this directory; --resume then does it again",
         )
-    return {name: int(b) for name, b in found[1]["bits"].items()}
+    return {name: one_or_each(b) for name, b in found[1]["bits"].items()}
 
 
 def _entries(directory: Path) -> dict[str, dict[str, Any]]:

@@ -79,6 +79,9 @@ def _remarks(entry: Mapping[str, Any]) -> Iterator[str]:
     if entry.get("options"):
         options = ", ".join(f"{key} = {value}" for key, value in entry["options"].items())
         yield f"Session options: {options}."
+    if isinstance(wider := entry.get("wider_containers"), dict) and wider:
+        named = "; ".join(f"{site}: {text}" for site, text in wider.items())
+        yield f"The trained codes lie in wider containers, where the format has none of their width: {named}."
     default = entry.get("default_options")
     if isinstance(default, dict) and isinstance(default.get("holds"), bool):
         yield (

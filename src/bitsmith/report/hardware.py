@@ -46,7 +46,12 @@ def profile(run: Run) -> list[Row]:
     for layer in run.layers:
         widths = (layer.weight_bits, layer.activation_bits)
         first, second = (float(FLOAT_BITS) if bits is None else bits for bits in widths)
-        add((first, second), layer.macs or 0, layer.weight_bytes or 0)
+        each = layer.channel_bits or (first,)
+        for bits in sorted(
+            set(each)
+        ):  # channels have equal shares of the products, and of the bytes by their bits
+            share = each.count(bits) / len(each)
+            add((bits, second), share * (layer.macs or 0), share * bits / first * (layer.weight_bytes or 0))
     rest = (run.cost("weight_bytes") or 0) - sum(size for _, size in found.values())
     if run.cost("float_macs") or rest > 0.5:
         add((FLOAT_BITS, FLOAT_BITS), run.cost("float_macs") or 0, max(rest, 0.0))

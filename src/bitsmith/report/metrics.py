@@ -31,6 +31,8 @@ class Layer:
     """One multiplying layer. Bits are None where it has no such operand, 32 where that stays in float.
 
     Of a product of two activations, `weight_bits` is the left operand's, `activation_bits` the right one's.
+    Where output channels have widths of their own, `weight_bits` is their mean and `channel_bits` has them
+    all.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Layer:
     bops: float | None = None
     macs: float | None = None
     weight_elements: float | None = None
+    channel_bits: tuple[float, ...] = ()
 
     @property
     def is_product(self) -> bool:
@@ -156,16 +159,12 @@ def read_run(directory: str | Path) -> Run:
 
 
 def mean_bits(bits: Any) -> float | None:
-    """Average of a bit-width as plans write it: 4, 3.5, or run lengths per channel "16x2,48x4"."""
+    """A bit-width as plans write it, 4, or its mean over the channels where each has its own: [2, 2, 8]."""
     if is_number(bits):
         return float(bits)
-    if not isinstance(bits, str):
-        return None
-    try:
-        runs = [(int(count), float(width)) for count, width in (run.split("x") for run in bits.split(","))]
-        return sum(count * width for count, width in runs) / sum(count for count, _ in runs)
-    except (ValueError, ZeroDivisionError):
-        return None
+    if isinstance(bits, list) and bits and all(is_number(width) for width in bits):
+        return sum(float(width) for width in bits) / len(bits)
+    return None
 
 
 def _optional(path: Path, what: str) -> dict[str, Any]:
@@ -278,6 +277,15 @@ def _layer(entry: Mapping[str, Any]) -> Layer:
         bops=entry.get("bops"),
         macs=entry.get("macs"),
         weight_elements=entry.get("weight_elements"),
+        channel_bits=_each(first),
+    )
+
+
+def _each(bits: Any) -> tuple[float, ...]:
+    return (
+        tuple(float(width) for width in bits)
+        if isinstance(bits, list) and mean_bits(bits) is not None
+        else ()
     )
 
 
@@ -287,16 +295,17 @@ def _layers(metrics: Mapping[str, Any], plan: Mapping[str, Any]) -> tuple[Layer,
         entries = (source.get("cost") or {}).get("layers")
         if entries:
             return tuple(_layer(entry) for entry in entries)
-    widths: dict[str, dict[str, float | None]] = {}
+    widths: dict[str, dict[str, Any]] = {}
     for site, entry in (plan.get("sites") or {}).items():
         layer, _, operand = site.rpartition(".")
-        widths.setdefault(layer, {})[operand] = mean_bits(entry.get("bits"))
+        widths.setdefault(layer, {})[operand] = entry.get("bits")
     return tuple(
         Layer(
             name=name,
             kind="matmul" if "left" in operands else "layer",
-            weight_bits=operands.get("weight", operands.get("left")),
-            activation_bits=operands.get("input", operands.get("right")),
+            weight_bits=mean_bits(operands.get("weight", operands.get("left"))),
+            activation_bits=mean_bits(operands.get("input", operands.get("right"))),
+            channel_bits=_each(operands.get("weight")),
         )
         for name, operands in widths.items()
     )

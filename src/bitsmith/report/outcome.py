@@ -163,7 +163,9 @@ def layers(run: Run) -> str:
     for layer in run.layers:
         matmul = layer.is_product
         names = ("left operand", "right operand") if matmul else ("weights", "activations")
-        first = _width(layer.weight_bits, "acts" if matmul else "quant", layer.name, names[0])
+        first = _width(
+            layer.weight_bits, "acts" if matmul else "quant", layer.name, names[0], layer.channel_bits
+        )
         second = _width(layer.activation_bits, "acts", layer.name, names[1])
         kind = f" <small>{page.text(_kind(layer.kind))}</small>" if layer.kind else ""
         row = f'<th scope="row">{page.name(layer.name)}{kind}</th><td>{first}</td><td>{second}</td>'
@@ -193,9 +195,9 @@ def _kind(kind: str) -> str:
     return kind.removeprefix("Quant").lower()
 
 
-def _width(bits: float | None, kind: str, layer: str, operand: str) -> str:
+def _width(bits: float | None, kind: str, layer: str, operand: str, each: tuple[float, ...] = ()) -> str:
     if bits is None:
         return f"<small>{words.DASH}</small>"
-    shown = words.bits(bits)
+    shown = words.widths(each) if each else words.bits(bits)
     label = f"{layer}, {operand}: {shown}" + ("" if bits >= FLOAT_BITS else " bits")
     return f'<div class="widths"><b>{shown}</b>{svg.width_bar(bits, kind, label)}</div>'

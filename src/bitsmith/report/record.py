@@ -99,8 +99,8 @@ def _cell(value: Any) -> str:
         return words.DASH
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, str) and "x" in value and mean_bits(value) is not None:
-        return f"{words.bits(mean_bits(value))} <small>{page.text(value)}</small>"
+    if isinstance(value, list) and mean_bits(value) is not None:
+        return page.text(words.widths(value))
     return f"{value:,}" if isinstance(value, int) else page.text(value)
 
 

@@ -86,6 +86,14 @@ def bits(value: float | None) -> str:
     return "float" if value >= FLOAT_BITS else f"{value:.2f}".rstrip("0").rstrip(".")
 
 
+def widths(value: Any) -> str:
+    """A bit-width as plans write it: "4", or of a list with one for each channel "2-8, 3.4 on average"."""
+    if not isinstance(value, list | tuple):
+        return bits(value)
+    mean = sum(value) / len(value)
+    return f"{bits(min(value))}-{bits(max(value))}, {bits(round(mean, 1))} on average"
+
+
 def seconds(value: float | None) -> str:
     """A duration: 0.41 -> "410 ms", 29.4 -> "29.4 s", 754 -> "12 min 34 s"."""
     if value is None:

@@ -1,0 +1,97 @@
+"""cost_kinds: each kind of cost that a budget can limit, as a number: of a plan, of one layer, of what no
+width changes.
+
+`cost.CostModel` counts and a `CostTable` lists; here both answer to one name of a kind. `budget` puts
+limits on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bitsmith.errors import BudgetError, listing
+from bitsmith.quantization.bits import Width
+from bitsmith.quantization.cost import CostModel, LayerCost, times
+from bitsmith.quantization.cost_table import CostTable
+from bitsmith.quantization.scheme import FLOAT
+
+AVERAGES = ("average_weight_bits", "average_activation_bits")
+SHARES = ("bops", "weight_bytes", "activation_bytes")  # <= 1: share of the float model
+
+
+def float_cost(cost: CostModel, kind: str, table: CostTable | None = None) -> Any:
+    """What shares of this kind refer to: the float model, or all layers at the dearest pair of the table."""
+    if kind == "bops":
+        return cost.bops_float
+    if kind == "weight_bytes":
+        return cost.float_bytes
+    if kind == "activation_bytes":
+        return cost.activation_bytes({})
+    if kind in AVERAGES:
+        return FLOAT
+    table = _table(kind, table)
+    return constant(cost, kind, table) + sum(
+        layer_cost(cost, kind, layer, *table.dearest, table=table) for layer in cost.layers
+    )
+
+
+def used(cost: CostModel, kind: str, bits: Mapping[str, Any], table: CostTable | None = None) -> Any:
+    """What ``bits`` (site -> width) cost: exact for integers; differentiable for tensors, but not of a table,
+    whose entries are for integers. A kind "table:NAME" needs its ``table``, unless it is a built-in one."""
+    if kind == "bops":
+        return cost.bops(bits)
+    if kind == "weight_bytes":
+        return cost.weight_bytes(bits)
+    if kind == "activation_bytes":
+        return cost.activation_bytes(bits)
+    if kind in AVERAGES:
+        return cost.average_bits(bits, kind.split("_")[1])
+    table = _table(kind, table)
+    widths: list[list[Any]] = [[bits.get(site, FLOAT) for site in layer.operands] for layer in cost.layers]
+    return constant(cost, kind, table) + sum(
+        layer_cost(
+            cost, kind, layer, tuple(first) if isinstance(first, tuple | list) else first, second, table
+        )
+        for layer, (first, second) in zip(cost.layers, widths, strict=True)
+    )
+
+
+def constant(cost: CostModel, kind: str, table: CostTable | None = None) -> float:
+    """The part of this kind of cost that no width changes."""
+    if kind == "bops":
+        return cost.float_macs * FLOAT * FLOAT
+    if kind == "weight_bytes":
+        return cost.other_bytes
+    if kind in (*AVERAGES, "activation_bytes") or not cost.float_macs:
+        return 0
+    return _table(kind, table).cost("products outside every site", "*", cost.float_macs, (), FLOAT, FLOAT)
+
+
+def layer_cost(
+    cost: CostModel, kind: str, layer: LayerCost, first: Width, second: int, table: CostTable | None = None
+) -> float:
+    """What one layer adds to a kind other than activation_bytes, its operands at these widths."""
+    if kind == "bops":
+        return times(layer.macs, first) * second
+    if kind == "weight_bytes":
+        return cost.layer_bytes(layer, {layer.operands[0]: first})
+    if kind == "average_weight_bits":
+        return times(layer.weight_elements, first) / max(sum(x.weight_elements for x in cost.layers), 1)
+    if kind == "average_activation_bits":
+        total = sum(sum(x.activation_elements.values()) for x in cost.layers)
+        counts = [layer.activation_elements.get(site, 0) for site in layer.operands]
+        return (times(counts[0], first) + counts[1] * second) / max(total, 1)
+    whole = _table(kind, table).cost(
+        layer.name, layer.kind, layer.layer_macs, layer.weight_shape, first, second
+    )
+    return whole * (layer.macs / layer.part_of) if layer.part_of else whole
+
+
+def _table(kind: str, table: CostTable | None) -> CostTable:
+    if table is None:
+        if not kind.startswith("table:"):
+            expected = listing((*SHARES, *AVERAGES, "table:NAME"))
+            raise BudgetError("there is no such kind of cost", got=kind, expected=expected)
+        return CostTable.load(kind.removeprefix("table:"))
+    return table

@@ -1,0 +1,371 @@
+"""Rows: what a quantizer keeps of each candidate width, and all that happens to it outside of forward.
+
+K rows, one per candidate width (a fixed width has K = 1): a learnable `range` that starts at 0, a calibrated
+`base_scale`, and the levels `low` .. `high` (+ `half_step`) of the row's grid, all (K, C) for C scales. The
+scale is base_scale * 2^range. Here rows are made, calibrated, committed, dropped and read;
+quantizer.Quantizer computes with them.
+
+Differences from the well-known implementations: no "initialised" flag and no state born in forward (an
+uncalibrated site has base_scale NaN, gives NaN, and is refused by `check_calibrated`); low and high are
+*levels*, with the zero point already subtracted, so that an asymmetric grid costs forward nothing; which is
+why `zero_point` is a buffer that only export reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bitsmith.errors import SchemeError, SiteError, listing
+from bitsmith.numerics import blocks
+from bitsmith.numerics.calibrate import activation_grid, dorefa
+from bitsmith.numerics.calibrate import calibrate as calibrate_values
+from bitsmith.numerics.grid import bounds
+from bitsmith.quantization.bits import BitWidth, FixedBits, Width, in_words, one_or_each
+from bitsmith.quantization.scheme import Scheme
+
+BUFFERS = ("base_scale", "zero_point", "low", "high", "half_step")
+
+
+class Levels(NamedTuple):
+    """The row in play, ready to be stored: tensors broadcast against the blocks of x.
+
+    A stored code c (low <= c <= high, integer) has the value scale * (c - zero_point + half). Where
+    channels have widths of their own, low, high and half are tensors.
+    """
+
+    bits: Width
+    scale: Tensor
+    zero_point: Tensor
+    low: Any
+    high: Any
+    half: Any
+
+
+class Rows(nn.Module):
+    """The K rows of one site.
+
+    channels: how many scales the site has (C). view: the shape in which the C scales broadcast against the
+    tensor, or against its groups. axis: the channel axis of the tensor.
+    """
+
+    bits: BitWidth
+    range: nn.Parameter
+    zero_shift: nn.Parameter | None
+    base_scale: Tensor
+    zero_point: Tensor
+    low: Tensor
+    high: Tensor
+    half_step: Tensor | None
+
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        scheme: Scheme,
+        *,
+        channels: int = 1,
+        view: tuple[int, ...] = (1,),
+        axis: int = 0,
+        seq_allowed: bool = True,
+    ) -> None:
+        super().__init__()
+        self.name, self.kind, self.scheme, self.view, self.axis = name, kind, scheme, view, axis
+        self.seq_allowed = seq_allowed and kind == "weight"
+        self.pinned = False  # its width was asked for by name: a method that decides bits leaves it alone
+        self._make_rows(FixedBits(scheme.bits if isinstance(scheme.bits, int) else scheme.bits[0]), channels)
+        if isinstance(scheme.bits, tuple):
+            self._check_each(len(scheme.bits))
+            self._make_rows(FixedBits(scheme.bits), channels)
+
+    def _make_rows(self, bits: BitWidth, channels: int) -> None:
+        """A row for every candidate of ``bits``, not calibrated yet."""
+        scheme, like = self.scheme, bits.candidates
+        rows = len(like)
+        self.bits = bits
+        self.range = nn.Parameter(
+            like.new_zeros(rows, channels), requires_grad=scheme.range in ("lsq", "lsq+", "pact")
+        )
+        shifts = scheme.range == "lsq+" and self.kind == "activation"  # LSQ+ keeps weights symmetric
+        self.zero_shift = nn.Parameter(like.new_zeros(rows, channels)) if shifts else None
+        self.register_buffer("base_scale", like.new_full((rows, channels), torch.nan))
+        for buffer in ("zero_point", "low", "high"):
+            self.register_buffer(buffer, like.new_zeros(rows, channels))
+        self.register_buffer("half_step", None)
+        for row in range(rows):
+            for width, at in self._parts(row):
+                self._set_bounds(row, self.grid_at(width), width, at=at)
+
+    def _parts(self, row: int) -> list[tuple[int, Any]]:
+        """(width, index of the channels that have it) of a row, ascending."""
+        widths = self.bits.candidates[row]
+        if widths.ndim == 0:
+            return [(int(widths), slice(None))]
+        return [(int(width), (widths == width).nonzero().flatten()) for width in widths.unique()]
+
+    # ---- what is stored
+
+    def _in_play(self, rows: Tensor, row: int | Tensor | None = None) -> Tensor:
+        """Of a tensor (K, C) the row in play, or another, or one per channel: (C,)."""
+        row = self.bits.rows[0] if row is None else row
+        if isinstance(row, Tensor) and row.ndim:
+            return rows.expand(-1, len(row)).gather(0, row.unsqueeze(0)).squeeze(0)
+        return rows[int(row)]
+
+    def levels(self, row: int | Tensor | None = None) -> Levels:
+        """The row in play, or another (an index, or one per channel), detached. The scale of a dynamic site,
+        which stores none, is its calibration's."""
+        base_scale, exponent, zero_point, low, high = (
+            self._in_play(t, row) for t in (self.base_scale, self.range, self.zero_point, self.low, self.high)
+        )
+        zero_point = zero_point.clone()
+        low, high = low + zero_point, high + zero_point
+        if self.zero_shift is not None:
+            zero_point += self._in_play(self.zero_shift, row).detach().round()
+        half = low.new_zeros(1) if self.half_step is None else self._in_play(self.half_step, row)
+        widths: list[float] | float = self._candidates(row).tolist()
+        bits = one_or_each([int(b) for b in widths] if isinstance(widths, list) else int(widths))
+        scale = (base_scale * torch.exp2(exponent)).detach().view(self.view)
+        if isinstance(bits, int):
+            return Levels(bits, scale, zero_point.view(self.view), int(low[0]), int(high[0]), float(half[0]))
+        low, high = low.view(self.view), high.view(self.view)
+        half = half.expand(len(zero_point)).view(self.view)
+        return Levels(bits, scale, zero_point.view(self.view), low, high, half)
+
+    def _candidates(self, row: int | Tensor | None) -> Tensor:
+        """The widths of a row, (), or (C,) where channels differ."""
+        candidates = self.bits.candidates
+        return self._in_play(candidates if candidates.ndim > 1 else candidates.unsqueeze(1), row).squeeze(0)
+
+    def grid_at(self, bits: int) -> str:
+        """The grid that `auto` means at this width; activations are `unsigned` or not by calibration."""
+        if self.scheme.range == "dorefa" and self.kind == "weight":
+            return "seq"
+        if self.scheme.grid != "auto":
+            return self.scheme.grid
+        return "seq" if self.seq_allowed and bits <= 2 else "symmetric"
+
+    def has_zero_point(self) -> bool:
+        """Whether the row in play has zero points to be stored."""
+        return bool(self.levels().zero_point.any())
+
+    def grids(self, row: int | Tensor | None = None) -> dict[int, str]:
+        """Width -> grid of the row in play, or of another, ascending; one where all channels share a
+        width."""
+        at = self.levels(row)
+        if isinstance(at.bits, int):
+            return {at.bits: _grid_name(at.low, at.high, at.half, at.zero_point)}
+        first = {bits: at.bits.index(bits) for bits in sorted(set(at.bits))}
+        return {
+            bits: _grid_name(at.low[c], at.high[c], at.half[c], at.zero_point) for bits, c in first.items()
+        }
+
+    def grid_name(self, row: int | Tensor | None = None) -> str:
+        """The grid of the row in play, or of another, in words; `auto` where channels of different widths
+        have different ones, which they only do by its rule."""
+        names = set(self.grids(row).values())
+        return names.pop() if len(names) == 1 else "auto"
+
+    def _set_bounds(
+        self, row: int, grid: str, bits: int, zero_point: Tensor | float = 0.0, at: Any = slice(None)
+    ) -> None:
+        low, high, half = bounds(grid, bits)  # type: ignore[arg-type]
+        if grid == "symmetric" and bits == 1:
+            low, high = 0, 1  # an activation of one bit is on or off: {-1, 0} would hold negatives only
+        with torch.no_grad():
+            self.zero_point[row, at] = zero_point
+            self.low[row, at], self.high[row, at] = (
+                low - self.zero_point[row, at],
+                high - self.zero_point[row, at],
+            )
+            if half and self.half_step is None:  # no other row of this site has one
+                each = self.bits.candidates.ndim > 1
+                self.half_step = torch.zeros_like(self.low if each else self.low[:, :1])
+            if self.half_step is not None:
+                self.half_step[row, at] = half
+
+    def is_trained(self) -> bool:
+        """Whether training moved the range away from its calibration."""
+        return bool(self.range.any()) or (self.zero_shift is not None and bool(self.zero_shift.any()))
+
+    @torch.no_grad()
+    def calibrate(self, values: Tensor, low: float, high: float, row: int | None = None) -> None:
+        """Set scales and grids from ``values`` (C, n) whose extremes are ``low`` and ``high``: of all rows or
+        of one ``row``. What was learned there is given up."""
+        for k in range(len(self.bits.candidates)):
+            if row not in (None, k):
+                continue
+            for width, at in self._parts(k):
+                self._calibrate(k, width, at, values[at], low, high)
+            self.range[k] = 0
+            if self.zero_shift is not None:
+                self.zero_shift[k] = 0
+
+    def _calibrate(self, row: int, width: int, at: Any, values: Tensor, low: float, high: float) -> None:
+        """Of one row the channels ``at``, which share a width."""
+        scheme = self.scheme
+        grid = self.grid_at(width)
+        if self.kind == "activation" and scheme.grid == "auto":
+            grid = activation_grid(low, high)
+            if grid == "asymmetric" and (scheme.range == "dynamic" or scheme.calibration == "lsq"):
+                grid = "symmetric"  # these two have a rule for the scale alone
+        lowest, highest, half = bounds(grid, width)  # type: ignore[arg-type]
+        if grid == "symmetric" and width == 1:
+            lowest, highest = 0, 1
+        if scheme.calibration == "lsq":
+            scale = 2 * values.abs().mean(1) / max(highest, 0.5) ** 0.5
+            zero_point = torch.zeros_like(scale)
+            scale = scale.clamp(min=1e-8)
+        else:
+            scale, zero_point = calibrate_values(
+                scheme.calibration,
+                values,
+                float(lowest),
+                float(highest),
+                half,
+                asymmetric=grid == "asymmetric",
+            )
+        self._set_bounds(row, grid, width, zero_point, at)
+        self.base_scale[row, at] = scale
+
+    # ---- widths
+
+    @torch.no_grad()
+    def set_bits(self, bits: BitWidth, weight: Tensor | None = None) -> None:
+        """Give the site another bit-width, with a row for each candidate; before an optimizer is made.
+
+        The rows of a ``weight`` are calibrated here, those of an activation wait for `calibrate`. Raises
+        SiteError where a method owns the bits already, SchemeError where the grid has no such width, or the
+        site no widths per channel.
+        """
+        if type(self.bits) is not FixedBits:
+            raise SiteError(
+                "the bits of this site belong to another method",
+                where=self.name,
+                got=type(self.bits).__name__,
+                remedy="Attach one method that decides bits, or give each its own sites",
+            )
+        for width in bits.candidates.int().unique().tolist():
+            self.check_width(width)
+        if bits.per_channel:
+            self._check_each((bits.rows if bits.rows.ndim > 1 else bits.candidates).shape[1])
+        self._make_rows(bits.to(self.range.device), self.range.shape[1])
+        if weight is not None:
+            self.calibrate(*observe_weight(self, weight))
+
+    def check_width(self, bits: Width) -> None:
+        """Raise SchemeError where the site's grid has no such width, or the site no widths per channel."""
+        if isinstance(bits, tuple):
+            self._check_each(len(bits))
+        if self.scheme.replace(self.name, bits=bits).is_float:
+            raise SchemeError("a site has no float width", where=f"{self.name}.bits", expected="1 to 8")
+
+    def check_commit(self, bits: Width) -> None:
+        """What `check_width` raises, and SiteError where the rows hold no such widths per channel."""
+        self.check_width(bits)
+        candidates = self.bits.candidates.int().tolist()
+        if isinstance(one_or_each(bits), int) or len(candidates) == 1:
+            return  # a single row, or the nearest one, is made over
+        assert isinstance(bits, tuple)
+        missing = [b for b in bits if b not in candidates]
+        if missing or not self.bits.per_channel:
+            raise SiteError(
+                "the candidates of this site do not hold these widths per channel",
+                where=self.name,
+                got=in_words(bits),
+                expected=f"{listing(map(str, candidates))}, "
+                + ("per channel" if missing else "one for all channels"),
+                remedy="Prepare a fresh model with the plan",
+            )
+
+    def _check_each(self, count: int) -> None:
+        """Raise SchemeError where this site cannot have ``count`` widths, one for each output channel."""
+        if self.kind != "weight" or self.scheme.granularity != "channel":
+            raise SchemeError(
+                "only weights with a scale per output channel can have a width per channel",
+                where=f"{self.name}.bits",
+                got=f"an activation, per {self.scheme.granularity}"
+                if self.kind != "weight"
+                else f"a scale per {self.scheme.granularity}",
+                remedy="Give it one width" + ("" if self.kind != "weight" else ", or granularity: channel"),
+            )
+        if count != self.range.shape[1]:
+            raise SchemeError(
+                "a list of widths has one for each output channel",
+                where=f"{self.name}.bits",
+                got=f"{count} widths",
+                expected=f"{self.range.shape[1]}",
+            )
+
+    @torch.no_grad()
+    def commit(self, bits: int | Sequence[int], x: Tensor | None = None) -> bool:
+        """Fix the width, or one width per channel. Where no row has it, the nearest row is made over:
+        weights (x) calibrate anew, activations stretch their step to the same range. Returns whether the
+        width was a trained one. Raises SchemeError where the grid has no such width, SiteError where
+        channels cannot choose among the rows."""
+        self.check_commit(bits if isinstance(bits, int) else tuple(bits))
+        bits, mixed = one_or_each(bits), self.bits.candidates.ndim > 1
+        if isinstance(bits, tuple) and len(self.bits.candidates) > 1:
+            self.bits.commit(bits)
+            return True
+        if isinstance(bits, tuple) or mixed:
+            if bits == self.bits.whole():
+                return True
+            assert x is not None
+            self.bits.commit(bits)
+            self.half_step = None  # of the other widths
+            self.calibrate(*observe_weight(self, x))
+            return False
+        candidates = self.bits.candidates.int().tolist()
+        near = min(candidates, key=lambda width: abs(width - bits))
+        self.bits.commit(near)
+        if near == bits:
+            return True
+        row, before, grid = candidates.index(near), self.levels(), self.grid_name()
+        self.bits.candidates[row] = bits
+        self.bits.commit(bits)
+        if x is not None:
+            self.calibrate(*observe_weight(self, x), row)
+        else:
+            old, new = before.high - before.low, bounds(grid, bits)[1] - bounds(grid, bits)[0]  # type: ignore[arg-type]
+            if self.zero_shift is not None:
+                self.zero_shift[row] = 0  # it is in before.zero_point
+            self._set_bounds(row, grid, bits, (before.zero_point.view(-1) * new / old).round())
+            self.base_scale[row] *= old / new
+        return False
+
+    @torch.no_grad()
+    def collapse(self) -> None:
+        """Drop all rows but the one in play: what is left is what a fixed width would have made."""
+        width = self.levels().bits
+        kept = {name: getattr(self, name) for name in ("range", "zero_shift", *BUFFERS)}
+        kept = {name: self._in_play(t)[None].clone() for name, t in kept.items() if t is not None}
+        self.bits = FixedBits(width).to(self.range.device)
+        if "half_step" in kept and isinstance(width, int):
+            kept["half_step"] = kept["half_step"][:, :1]
+        for name, tensor in kept.items():
+            old = getattr(self, name)
+            setattr(self, name, nn.Parameter(tensor, old.requires_grad) if name not in BUFFERS else tensor)
+        if self.half_step is not None and not bool(self.half_step.any()):
+            self.half_step = None
+
+
+def _grid_name(low: Any, high: Any, half: Any, zero_point: Tensor) -> str:
+    """The name of a grid of codes ``low`` .. ``high``; zero_point: of all channels."""
+    if half:
+        return "seq"
+    if low < 0:
+        return "symmetric" if -low > high else "balanced"
+    return "asymmetric" if bool(zero_point.any()) else "unsigned"
+
+
+def observe_weight(quantizer: Rows, weight: Tensor) -> tuple[Tensor, float, float]:
+    """(values (C, n), lowest, highest) of a weight, for ``Rows.calibrate``."""
+    weight = weight.detach().float()
+    if quantizer.scheme.range == "dorefa":
+        weight = dorefa(weight)
+    values = blocks.rows_of(weight, quantizer.scheme.granularity, quantizer.scheme.group_size, 0, True)
+    return values, float(weight.min()), float(weight.max())
