@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -49,6 +50,7 @@ from bitsmith.quantization import (
 from bitsmith.quantization.allocate import allocate, uniform_plan
 from bitsmith.quantization.bits import FixedBits
 from bitsmith.quantization.budget import Budget, BudgetCost
+from bitsmith.quantization.cost import CostModel
 from bitsmith.quantization.plan import set_bits
 from bitsmith.quantization.quantizer import sites
 from bitsmith.quantization.sensitivity import after_training, sensitivity
@@ -68,6 +70,7 @@ TASKS = {  # model, learning rate, epochs
     "fashion_mnist": ("digits_cnn", 4e-3, 10),
     "cifar10": ("resnet20", 2e-3, 3),
 }
+NEAR = 0.5  # points below float
 SHEET_IMAGES = 6400  # for training, of the two sets that are sheets of images
 
 
@@ -132,12 +135,8 @@ class Unit:
 
     def budget(self, point: float) -> BudgetCost:
         """BOPs of uniform (point, point), or halfway between its neighbours."""
-        low, high = int(point), int(point + 0.5)
-        bops = [
-            self.cost.bops({n: (b if len(c) > 1 else c[0]) for n, c in self.candidates.items()})
-            for b in (low, high)
-        ]
-        return BudgetCost(self.cost, Budget(bops=sum(bops) / 2), self.candidates)
+        free = {n for n, c in self.candidates.items() if len(c) > 1}
+        return BudgetCost(self.cost, Budget(bops=bops_at(self.cost, free, point)), self.candidates)
 
     def train(self, model: nn.Module, methods: list[Any]) -> dict[str, float]:
         """Quantization-aware training; accuracies on the test and validation split."""
@@ -183,6 +182,15 @@ class Unit:
         trace = Trace(search)
         result: dict[str, Any] = self.train(model, [search, trace])
         return {**result, "lambda_varies": trace.varies()}, search.plan().bits
+
+
+def bops_at(cost: CostModel, free: Collection[str], point: float) -> float:
+    """BOPs of uniform (point, point) of the free sites, or halfway between its neighbours."""
+    ends = [
+        cost.bops({n: b if n in free else own for n, own in cost.present.items()})
+        for b in (int(point), int(point + 0.5))
+    ]
+    return sum(ends) / 2
 
 
 class Trace(Method):
@@ -276,6 +284,44 @@ def table(results: dict[str, Any], task: str) -> None:
             mean, error = _results.mean_and_error(found) if found else (0.0, 0.0)
             cells.append(f"{mean:+.2f} ± {error:.2f} ({len(found)})" if found else "-")
         print(f"{point:<18}" + "".join(f"{c:>18}" for c in cells))
+    shares = budget_shares(task)
+    print(
+        f"\n% of float's BOPs at which the mean comes within {NEAR} points of float; the budgets are "
+        + ", ".join(f"{100 * share:.3f}" for share in shares.values())
+    )
+    for contender in CONTENDERS:
+        print(f"{contender:<18}{reached(units, contender, shares):>18}")
+
+
+def reached(units: dict[str, Any], contender: str, shares: dict[float, float]) -> str:
+    """The share of float's BOPs at which a contender's mean comes within half a point of float, in percent:
+    interpolated between budgets."""
+    found = []
+    for point in POINTS:
+        gaps = [
+            100 * (u["points"][key]["accuracy"] - u["float"])
+            for u in units.values()
+            if (key := f"{contender} {point}") in u["points"]
+        ]
+        if gaps:
+            found.append((100 * shares[point], sum(gaps) / len(gaps)))
+    for at, (share, gap) in enumerate(found):
+        if gap >= -NEAR:
+            if at == 0:
+                return f"<= {share:.3f}"
+            before, low = found[at - 1]
+            return f"{before + (share - before) * (-NEAR - low) / (gap - low):.3f}"
+    return f"> {found[-1][0]:.3f}" if found else "-"
+
+
+def budget_shares(task: str) -> dict[float, float]:
+    """Point -> budget as a share of the float model's BOPs."""
+    size, channels = {"cifar10": (32, 3), "fashion_mnist": (14, 1)}.get(task, (8, 1))
+    model = models.build(TASKS[task][0])
+    prepare(model, Scheme(bits=4, granularity="channel"), Scheme(bits=4))
+    cost = measure(model, torch.rand(1, channels, size, size))
+    free = set(free_sites(model))
+    return {point: bops_at(cost, free, point) / cost.bops_float for point in POINTS}
 
 
 def main() -> None:
