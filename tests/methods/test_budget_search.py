@@ -19,7 +19,7 @@ from bitsmith.quantization import (
     sites,
 )
 from bitsmith.quantization.allocate import allocate
-from bitsmith.quantization.categorical import Categorical
+from bitsmith.quantization.categorical import Categorical, draw
 from bitsmith.quantization.quantizer import Quantizer
 
 X = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
@@ -60,6 +60,15 @@ def quantizer_of(mode: str, candidates: tuple[int, ...] = (2, 4, 8)) -> tuple[Qu
     return sites(net)["weight"], width
 
 
+def draw_rows(widths: list[Categorical], rows: list[int]) -> None:
+    """Draw these rows, without noise where the forward would see it."""
+    count = len(widths[0].candidates)
+    noise = torch.zeros(len(rows), count)
+    if widths[0].mode == "sampled":
+        noise[torch.arange(len(rows)), rows] = 1e3
+    draw(widths, noise, torch.ones(1), torch.zeros(len(rows), count))
+
+
 def test_uniform_logits_expect_the_mean_of_the_candidates() -> None:
     assert Categorical((2, 4, 6)).expected().item() == pytest.approx(4.0)
 
@@ -75,6 +84,16 @@ def test_expected_bits_are_differentiable() -> None:
             moved[k] += sign * 1e-5
             ends.append(torch.softmax(3.0 * moved, 0) @ width.candidates)
         assert grad[k].item() == pytest.approx((ends[0] - ends[1]).item() / 2e-5, rel=1e-6)
+
+
+def test_the_entropy_is_that_of_the_candidates_and_differentiable() -> None:
+    width = Categorical((1, 2, 8), gain=3.0).double()
+    assert width.entropy().item() == pytest.approx(math.log(3))
+    width.logits.data = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64)
+    expected = torch.distributions.Categorical(logits=3.0 * width.logits)
+    assert width.entropy().item() == pytest.approx(expected.entropy().item())
+    (found,) = torch.autograd.grad(width.entropy(), width.logits)
+    torch.testing.assert_close(found, torch.autograd.grad(expected.entropy(), width.logits)[0])
 
 
 def test_draws_have_the_probabilities_of_the_logits() -> None:
@@ -135,7 +154,7 @@ def test_the_logits_receive_a_gradient(mode: str) -> None:
 
 def test_the_sampled_gradient_is_the_error_against_the_input_times_that_of_log_p() -> None:
     quantizer, width = quantizer_of("sampled")
-    width.rows.fill_(0)
+    draw_rows([width], [0])
     x, g = torch.randn(5, 6), torch.randn(5, 6)
     q = quantizer(x)
     q.backward(g)

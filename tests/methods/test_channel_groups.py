@@ -10,7 +10,7 @@ from bitsmith.methods.budget_search import BudgetSearch
 from bitsmith.quantization import Scheme, collapse, measure, plan_of, prepare, set_bits, sites
 from bitsmith.quantization.categorical import Categorical, GroupCategorical
 from bitsmith.quantization.sensitivity import after_training, sensitivity
-from tests.methods.test_budget_search import X, Y, fit, network, searching
+from tests.methods.test_budget_search import X, Y, draw_rows, fit, network, searching
 
 
 def test_groups_of_channels_draw_pay_and_learn_by_themselves() -> None:
@@ -38,7 +38,7 @@ def test_the_logits_of_a_group_see_its_channels_alone(mode: str) -> None:
     quantizer, x = sites(net)["weight"], torch.randn(5, 6)
     values = torch.tensor([[0.03, -0.05, 0.0], [0.01, 0.0, 0.02]])
     grouped.logits.data = values.clone()
-    grouped.draw(torch.zeros(2, 3), torch.ones(1), [2, 0])
+    draw_rows([grouped], [2, 0])
     g = torch.randn(5, 6)
     y = quantizer(x)
     y.backward(g)
@@ -46,7 +46,7 @@ def test_the_logits_of_a_group_see_its_channels_alone(mode: str) -> None:
     quantizer.bits = single
     for group, (part, row) in enumerate(((slice(0, 2), 2), (slice(2, 5), 0))):
         single.logits.data = values[group].clone()
-        single.draw(torch.zeros(1, 3), torch.ones(1), [row])
+        draw_rows([single], [row])
         single.logits.grad = None
         own, mask = quantizer(x), torch.zeros(5, 1)
         mask[part] = 1

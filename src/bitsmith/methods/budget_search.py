@@ -34,7 +34,7 @@ from bitsmith.quantization import Plan, commit, measure, plan_of, set_bits, site
 from bitsmith.quantization.allocate import allocate
 from bitsmith.quantization.bits import FixedBits, Width
 from bitsmith.quantization.budget import Budget, BudgetCost
-from bitsmith.quantization.categorical import MODES, Categorical, GroupCategorical
+from bitsmith.quantization.categorical import MODES, Categorical, GroupCategorical, draw, scores_of
 from bitsmith.quantization.channel_groups import even_sizes
 from bitsmith.quantization.quantizer import Quantizer
 from bitsmith.quantization.target import get_target
@@ -112,7 +112,6 @@ class BudgetSearch(Method):
                 self.widths[name] = GroupCategorical(widths, groups[name], self.mode, self.logit_rate)
             elif len(widths) > 1:
                 self.widths[name] = Categorical(widths, self.mode, self.logit_rate)
-        self.group_counts = [len(self.cost.names(name)) for name in self.widths]
         single = {name: FixedBits(widths[0]) for name, widths in candidates.items() if len(widths) == 1}
         set_bits(model, {**self.widths, **single})
         allocate(self.cost, self._values())  # an impossible budget is found out now
@@ -158,13 +157,7 @@ class BudgetSearch(Method):
 
     def probabilities(self) -> Tensor:
         """(sites, K) padded with zeros, free of noise, differentiable."""
-        return torch.softmax(self._scores(), 1)
-
-    def _scores(self) -> Tensor:
-        """gain * logits / temperature, (sites, K) padded with -inf."""
-        rows = [row for width in self.widths.values() for row in width.logits_by_group()]
-        logits = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        return logits * (self.logit_rate / self.temperature) + self.padding
+        return torch.softmax(scores_of(list(self.widths.values()), self.temperature, self.padding), 1)
 
     def penalty(self) -> Tensor:
         """[lambda + rho g]_+ g summed over the budgets; 0 once the widths are decided."""
@@ -225,15 +218,10 @@ class BudgetSearch(Method):
     def _multipliers(self) -> Tensor:
         return torch.stack([getattr(self, f"multiplier_{kind}") for kind in self.cost.kinds])
 
-    @torch.no_grad()
     def _draw(self) -> None:
         noise = -torch.empty(self.padding.shape).exponential_(generator=self.generator).log()
         noise = noise.to(self.padding.device)
-        rows = (self._scores() + noise).argmax(1).tolist()
-        start = 0
-        for width, own in zip(self.widths.values(), noise.split(self.group_counts), strict=True):
-            width.draw(own, self.temperature, rows[start : start + len(own)])
-            start += len(own)
+        draw(list(self.widths.values()), noise, self.temperature, self.padding)
 
     def get_extra_state(self) -> Tensor:
         """The state of the generator of draws."""

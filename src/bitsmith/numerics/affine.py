@@ -104,7 +104,9 @@ class _FakeQuantize(torch.autograd.Function):
         count: int,
         seed: Tensor | None,
     ) -> Tensor:
-        s = scale if exponent is None else _materialized(scale * torch.exp2(exponent))
+        s = scale if exponent is None else scale * torch.exp2(exponent)
+        if torch.compiler.is_compiling():
+            s = _materialized(s)
         y = _levels(x / s, low, high, half, zero_point, seed).mul_(s)
         ctx.save_for_backward(x, scale, exponent, low, high, half, zero_point, seed, s, y)
         ctx.rule = (estimator, clip_only, count)
@@ -151,9 +153,7 @@ def _materialized(s: Tensor) -> Tensor:
     """s, as a tensor that a compiler keeps: Inductor fuses a pointwise s into all loops that use it, forward
     and backward, and computes it anew there for each vector of x, exp2 included; what a reduction made is
     stored once."""
-    if torch.compiler.is_compiling():
-        return s.expand(32, *s.shape).amax(0)  # of equal numbers; fewer than 9 would be unrolled
-    return s
+    return s.expand(32, *s.shape).amax(0)  # of equal numbers; fewer than 9 would be unrolled
 
 
 def _levels(

@@ -30,6 +30,7 @@ class Categorical(BitWidth):
 
     temperature: Tensor
     noise: Tensor
+    pull: Tensor
     decided: Tensor
 
     def __init__(self, candidates: Sequence[int], mode: str = "sampled", gain: float = 20.0) -> None:
@@ -42,6 +43,8 @@ class Categorical(BitWidth):
         self.register_buffer("rows", torch.tensor(list(start)))
         self.register_buffer("temperature", torch.ones(1))
         self.register_buffer("noise", torch.zeros(count))
+        pull = gain * (torch.eye(count)[-1] - 1 / count)
+        self.register_buffer("pull", pull)  # d log p / d logits of the row drawn
         self.register_buffer("decided", torch.zeros(1))
         self._is_decided = False  # what the buffer says, where forward can branch on it
 
@@ -60,7 +63,7 @@ class Categorical(BitWidth):
             return None
         if self.mode != "sampled":
             return self.probabilities(noisy=True)
-        return _Drawn.apply(self.logits, self.rows, self.gain, self.temperature)
+        return _Drawn.apply(self.logits, self.pull, None)
 
     def expected(self) -> Tensor:
         """Mean of the candidates, free of noise; the width itself once decided."""
@@ -68,15 +71,15 @@ class Categorical(BitWidth):
             return self.candidates.index_select(0, self.rows[:1]).squeeze(0)
         return self.probabilities() @ self.candidates
 
-    @torch.no_grad()
-    def draw(self, noise: Tensor, temperature: Tensor, rows: Sequence[int]) -> None:
-        """What the next forward uses: Gumbel ``noise`` (G, >= K), or the row drawn with it for each of G
-        groups."""
-        self.temperature.copy_(temperature)
-        if self.mode == "sampled":
-            self.rows.fill_(rows[0])
-        else:
-            self.noise.copy_(noise[0, : len(self.noise)])
+    def take(self, row: Tensor, pull: Tensor) -> None:
+        """Have the row drawn for each group (G,) in play; pull: (G, >= K)."""
+        self.rows.copy_(row)
+        self.pull.copy_(pull[0, : len(self.pull)])
+
+    def entropy(self) -> Tensor:
+        """Of the distribution free of noise, in nats, differentiable; with groups their mean."""
+        p = self.probabilities()
+        return -(p * p.clamp(min=1e-12).log()).sum(-1).mean()
 
     @torch.no_grad()
     def commit(self, bits: Width) -> None:
@@ -103,7 +106,7 @@ class GroupCategorical(Categorical):
     ) -> None:
         super().__init__(candidates, mode, gain)
         self.logits = nn.Parameter(self.logits.detach().repeat(len(sizes), 1))
-        self.noise = self.noise.repeat(len(sizes), 1)
+        self.noise, self.pull = self.noise.repeat(len(sizes), 1), self.pull.repeat(len(sizes), 1)
         self.rows = self.rows.unsqueeze(1).repeat(1, sum(sizes))
         self.register_buffer("group", torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)))
 
@@ -116,7 +119,7 @@ class GroupCategorical(Categorical):
             return None
         if self.mode != "sampled":
             return self.probabilities(noisy=True).index_select(0, self.group).T
-        return _DrawnByGroup.apply(self.logits, self.rows, self.group, self.gain, self.temperature)
+        return _Drawn.apply(self.logits, self.pull, self.group)
 
     def expected(self) -> Tensor:
         """(C,), free of noise; the widths themselves once decided."""
@@ -124,13 +127,9 @@ class GroupCategorical(Categorical):
             return self.candidates.index_select(0, self.rows[0])
         return (self.probabilities() @ self.candidates).index_select(0, self.group)
 
-    @torch.no_grad()
-    def draw(self, noise: Tensor, temperature: Tensor, rows: Sequence[int]) -> None:
-        self.temperature.copy_(temperature)
-        if self.mode == "sampled":
-            self.rows[0] = torch.tensor(rows, device=self.rows.device).index_select(0, self.group)
-        else:
-            self.noise.copy_(noise[:, : self.noise.shape[1]])
+    def take(self, row: Tensor, pull: Tensor) -> None:
+        self.rows.copy_(row.index_select(0, self.group))
+        self.pull.copy_(pull[:, : self.pull.shape[1]])
 
     @torch.no_grad()
     def commit(self, bits: Width) -> None:
@@ -142,38 +141,53 @@ class GroupCategorical(Categorical):
         self._is_decided = True
 
 
+def scores_of(widths: Sequence[Categorical], temperature: Tensor, padding: Tensor) -> Tensor:
+    """gain * logits / temperature of all widths and groups, one row each, differentiable; (rows, K) with the
+    ``padding`` added: -inf where a row has fewer candidates."""
+    logits = [row for width in widths for row in width.logits_by_group()]
+    together = torch.stack if len({len(row) for row in logits}) == 1 else _padded
+    return together(logits) * (widths[0].gain / temperature) + padding
+
+
+def _padded(rows: Sequence[Tensor]) -> Tensor:
+    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+
+
+@torch.no_grad()
+def draw(widths: Sequence[Categorical], noise: Tensor, temperature: Tensor, padding: Tensor) -> None:
+    """What the next forward uses: Gumbel ``noise`` (rows, K) at ``temperature``, or the candidates drawn with
+    it. All widths at once, so that a step costs few operations however many sites there are."""
+    torch._foreach_copy_([width.temperature for width in widths], [temperature.view(1)] * len(widths))
+    counts = [width.noise.numel() // width.noise.shape[-1] for width in widths]
+    if widths[0].mode != "sampled":
+        for width, own in zip(widths, noise.split(counts), strict=True):
+            width.noise.copy_(own[:, : width.noise.shape[-1]].view(width.noise.shape))
+        return
+    scores = scores_of(widths, temperature, padding)
+    drawn = (scores + noise).argmax(1)
+    pull = -torch.softmax(scores, 1)
+    pull.scatter_add_(1, drawn.unsqueeze(1), torch.ones_like(pull))
+    pull *= widths[0].gain / temperature
+    if len(counts) == sum(counts) and len({len(width.candidates) for width in widths}) == 1:
+        torch._foreach_copy_([width.rows for width in widths], list(drawn.split(1)))
+        torch._foreach_copy_([width.pull for width in widths], list(pull.unbind()))
+        return
+    for width, row, own in zip(widths, drawn.split(counts), pull.split(counts), strict=True):
+        width.take(row, own)
+
+
 class _Drawn(torch.autograd.Function):
-    """p / p.detach() of the row drawn: 1, with the gradient of log p = gain * logits / t - logsumexp."""
+    """p / p.detach() of the row drawn: 1, with the gradient of log p, which is known since the draw. With
+    groups as each channel sees it: ones (1, C), and a group receives the sum over its channels."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, rows: Tensor, gain: float, temperature: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(logits, rows, temperature)
-        ctx.gain = gain
-        return logits.new_ones(1)
-
-    @staticmethod
-    def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
-        logits, rows, temperature = ctx.saved_tensors
-        slope = g * (ctx.gain / temperature)
-        p = torch.softmax(logits * (ctx.gain / temperature), 0)
-        return (p * -slope).index_add(0, rows, slope), None, None, None
-
-
-class _DrawnByGroup(torch.autograd.Function):
-    """`_Drawn` of each group, seen by each channel: ones (1, C); a group receives the sum over its
-    channels."""
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, rows: Tensor, group: Tensor, gain: float, temperature: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(logits, rows, group, temperature)
-        ctx.gain = gain
-        return logits.new_ones(1, len(group))
+    def forward(ctx, logits: Tensor, pull: Tensor, group: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(pull, group)
+        return logits.new_ones(1) if group is None else logits.new_ones(1, len(group))
 
     @staticmethod
     def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
-        logits, rows, group, temperature = ctx.saved_tensors
-        rate = ctx.gain / temperature
-        p = torch.softmax(logits * rate, 1)
-        slope = g[0] * rate  # of each channel
-        own = torch.zeros_like(logits).index_put((group, rows[0]), slope, accumulate=True)
-        return own - p * own.sum(1, keepdim=True), None, None, None, None
+        pull, group = ctx.saved_tensors
+        if group is not None:
+            g = g.new_zeros(len(pull)).index_add(0, group, g[0]).unsqueeze(1)
+        return g * pull, None, None
