@@ -105,7 +105,7 @@ class _FakeQuantize(torch.autograd.Function):
         seed: Tensor | None,
     ) -> Tensor:
         s = scale if exponent is None else scale * torch.exp2(exponent)
-        if torch.compiler.is_compiling():
+        if exponent is not None and torch.compiler.is_compiling():
             s = _materialized(s)
         y = _levels(x / s, low, high, half, zero_point, seed).mul_(s)
         ctx.save_for_backward(x, scale, exponent, low, high, half, zero_point, seed, s, y)
