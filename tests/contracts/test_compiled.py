@@ -42,10 +42,7 @@ def few(method: str) -> tuple[nn.Module, list[Method]]:
     return net, methods
 
 
-CASES = [
-    pytest.param("few", method, id=f"few-{method}")
-    for method in ("search", "fractional", "budget_search by channel group")
-] + [
+CASES = [pytest.param("few", method, id=f"few-{method}") for method in ("search", "fractional")] + [
     pytest.param(model, method, id=f"{model}-{method}", marks=pytest.mark.slow)
     for model in contract.MODELS
     for method in METHODS

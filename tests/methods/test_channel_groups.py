@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from bitsmith.errors import SchemeError, TargetError
 from bitsmith.methods.budget_search import BudgetSearch
@@ -142,3 +143,26 @@ def test_groups_are_refused_where_nothing_can_hold_them() -> None:
     prepare(model, Scheme(bits=4), Scheme(bits=4), first_last_bits=None)
     with pytest.raises(SchemeError, match=r"0\.weight\.granularity: .*got tensor.*Set granularity: channel"):
         BudgetSearch({"bops": 0.02}, X[:1], channel_groups=2).attach(model)
+
+
+@pytest.mark.parametrize("mode", ["sampled", "mixed"])
+def test_one_graph_serves_all_draws_and_computes_what_eager_does(mode: str) -> None:
+    model, search = searching({"bops": 0.02}, mode=mode, channel_groups=3)
+    torch.compiler.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for _ in range(3):
+        compiled(X).sum().backward()
+        search._draw()
+    assert counter.frame_count == 1
+    torch.compiler.reset()
+    results = []
+    for forward in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model.zero_grad()
+        logits = forward(X)
+        F.cross_entropy(logits, Y).backward()
+        results.append({"": logits} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert any(name.endswith("weight_quantizer.bits.logits") for name in results[0])
+    for name, eager in results[0].items():
+        torch.testing.assert_close(results[1][name], eager, rtol=1e-4, atol=1e-6)
+    assert torch.equal(results[0][""], results[1][""])
