@@ -157,7 +157,8 @@ def _padded(rows: Sequence[Tensor]) -> Tensor:
 def draw(widths: Sequence[Categorical], noise: Tensor, temperature: Tensor, padding: Tensor) -> None:
     """What the next forward uses: Gumbel ``noise`` (rows, K) at ``temperature``, or the candidates drawn with
     it. All widths at once, so that a step costs few operations however many sites there are."""
-    torch._foreach_copy_([width.temperature for width in widths], [temperature.view(1)] * len(widths))
+    for width in widths:
+        width.temperature.copy_(temperature)
     counts = [width.noise.numel() // width.noise.shape[-1] for width in widths]
     if widths[0].mode != "sampled":
         for width, own in zip(widths, noise.split(counts), strict=True):
@@ -168,10 +169,6 @@ def draw(widths: Sequence[Categorical], noise: Tensor, temperature: Tensor, padd
     pull = -torch.softmax(scores, 1)
     pull.scatter_add_(1, drawn.unsqueeze(1), torch.ones_like(pull))
     pull *= widths[0].gain / temperature
-    if len(counts) == sum(counts) and len({len(width.candidates) for width in widths}) == 1:
-        torch._foreach_copy_([width.rows for width in widths], list(drawn.split(1)))
-        torch._foreach_copy_([width.pull for width in widths], list(pull.unbind()))
-        return
     for width, row, own in zip(widths, drawn.split(counts), pull.split(counts), strict=True):
         width.take(row, own)
 
