@@ -263,3 +263,23 @@ def test_compiled_is_equal_to_eager_bit_for_bit_up_to_the_order_of_a_sum(estimat
     assert torch.equal(y, compiled_y)
     assert torch.equal(d_x, compiled_d_x)
     torch.testing.assert_close(d_s, compiled_d_s, rtol=1e-5, atol=1e-5)  # a sum, in another order
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("shape", [(1,), (1, 4, 1)], ids=["of all values", "of each channel"])
+def test_a_share_receives_the_error_against_the_input_and_changes_no_value(
+    shape: tuple[int, ...], backend: str | None
+) -> None:
+    torch.compiler.reset()
+    x, g = torch.randn(2, 2, 4, 60, generator=torch.Generator().manual_seed(3))
+    low, high, half = level_tensors("seq", 2)
+    scale, share = torch.full((4, 1), 0.9), torch.ones(shape, requires_grad=True)
+
+    def run(x: Tensor, share: Tensor) -> Tensor:
+        return fake_quantize(x, scale, low, high, half, share=share)
+
+    y = (torch.compile(run, backend=backend, fullgraph=True) if backend else run)(x, share)
+    y.backward(g)
+    plain = fake_quantize(x, scale, low, high, half)
+    assert torch.equal(y.detach(), plain)
+    torch.testing.assert_close(share.grad, (g * (plain - x)).sum_to_size(shape))

@@ -7,10 +7,10 @@ the steps trains W at exactly these. Every site draws one width per step (`sampl
 about one of fixed-width training for any number of candidates; the logits' gradient is <g, Q_k(x) - x> for
 the width k that was drawn, times that of log p_k.
 
-The budget is held by an augmented Lagrangian: with g = log(cost / limit) the penalty is [lambda + rho g]_+ g,
-its bracket detached, and lambda <- [lambda + eta g]_+ after each step: a PI controller. Cost is the exact
-expectation, free of sampling noise, so that lambda is equal on all ranks. What is decided in the end is not
-the argmax: `allocate` finds the most likely plan that the budget allows, so it is never exceeded.
+The budget is held by an augmented Lagrangian (quantization.multipliers) on the log of cost / limit. Cost is
+the exact expectation, free of sampling noise, so that its multipliers are equal on all ranks. What is decided
+in the end is not the argmax: `allocate` finds the most likely plan that the budget allows, so it is never
+exceeded.
 
 Differences from the paper's description. (1) The search is short: each undecided step trains weights for
 widths that they will not have. (2) So it starts from what one backward per batch knows (`start_at`, from
@@ -34,8 +34,15 @@ from bitsmith.quantization import Plan, commit, measure, plan_of, set_bits, site
 from bitsmith.quantization.allocate import allocate
 from bitsmith.quantization.bits import FixedBits, Width
 from bitsmith.quantization.budget import Budget, BudgetCost
-from bitsmith.quantization.categorical import MODES, Categorical, GroupCategorical, draw, scores_of
+from bitsmith.quantization.categorical import (
+    MODES,
+    Categorical,
+    GroupCategorical,
+    draw,
+    scores_of,
+)
 from bitsmith.quantization.channel_groups import even_sizes
+from bitsmith.quantization.multipliers import Multipliers
 from bitsmith.quantization.quantizer import Quantizer
 from bitsmith.quantization.target import get_target
 
@@ -58,7 +65,6 @@ class BudgetSearch(Method):
     SiteError for a glob that matches nothing or where no site is free.
     """
 
-    entropy: Tensor
     temperature: Tensor
     padding: Tensor
 
@@ -86,7 +92,6 @@ class BudgetSearch(Method):
         _check_options(mode, channel_groups, search_share, temperature, multiplier_rate, damping, logit_rate)
         self.search_share, self.temperatures = search_share, temperature
         self.multiplier_rate, self.damping = multiplier_rate, damping
-        self.register_buffer("entropy", torch.tensor(1.0))
         self.register_buffer("temperature", torch.tensor(float(temperature[0])))
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -118,9 +123,7 @@ class BudgetSearch(Method):
         counts = [len(self.cost.candidates[name]) for name in self.cost.sites]
         padding = torch.tensor([[0.0] * n + [-math.inf] * (self.cost.width - n) for n in counts])
         self.register_buffer("padding", padding)
-        for kind in self.cost.kinds:
-            self.register_buffer(f"multiplier_{kind}", torch.tensor(0.0))
-            self.register_buffer(f"used_{kind}", torch.tensor(1.0))
+        self.multipliers = Multipliers(self.cost.kinds, self.multiplier_rate, self.damping)
 
     @torch.no_grad()
     def start_at(self, values: Mapping[str, Tensor], confidence: float = 0.75) -> None:
@@ -163,17 +166,16 @@ class BudgetSearch(Method):
         """[lambda + rho g]_+ g summed over the budgets; 0 once the widths are decided."""
         if not self.is_searching():
             return torch.zeros(())
-        p = self.probabilities()
-        used = self.cost.expected(p) / self.cost.limits.to(p.device)
-        over = used.log().float()
-        pressure = (self._multipliers() + self.damping * over.detach()).clamp(min=0)
-        for kind, value in zip(self.cost.kinds, used.detach(), strict=True):
-            getattr(self, f"used_{kind}").copy_(value)
-        self.entropy.copy_(_entropy(p.detach(), self.padding))
-        return (pressure * over).sum()
+        used = self.cost.used(self.probabilities())
+        return self.multipliers.pressure(used) @ used.log()
+
+    def scalars(self) -> dict[str, Tensor]:
+        """Expected costs over their limits, multipliers, temperature and entropy."""
+        entropy = _entropy(self.probabilities().detach(), self.padding)
+        return {"entropy": entropy, **super().scalars(), **self.multipliers.scalars()}
 
     def traces(self) -> dict[str, Tensor]:
-        """Expected costs over their limits, multipliers, temperature and entropy, while the search lasts."""
+        """The scalars, while the search lasts."""
         return self.scalars() if self.is_searching() else {}
 
     @torch.no_grad()
@@ -181,9 +183,7 @@ class BudgetSearch(Method):
         """Move the multipliers, cool down, draw the next widths; decide at the end of the search."""
         if not self.is_searching():
             return
-        for kind in self.cost.kinds:
-            over = getattr(self, f"used_{kind}").log()
-            getattr(self, f"multiplier_{kind}").add_(self.multiplier_rate * over).clamp_(min=0)
+        self.multipliers.advance()
         search_steps = max(1, round(self.search_share * steps))
         first, last = self.temperatures
         progress = min(1.0, (step + 1) / search_steps)
@@ -215,11 +215,8 @@ class BudgetSearch(Method):
             found.update(zip(self.cost.names(site), values.view(-1, values.shape[-1]).tolist(), strict=True))
         return found
 
-    def _multipliers(self) -> Tensor:
-        return torch.stack([getattr(self, f"multiplier_{kind}") for kind in self.cost.kinds])
-
     def _draw(self) -> None:
-        noise = -torch.empty(self.padding.shape).exponential_(generator=self.generator).log()
+        noise = torch.empty(self.padding.shape).exponential_(generator=self.generator)
         noise = noise.to(self.padding.device)
         draw(list(self.widths.values()), noise, self.temperature, self.padding)
 

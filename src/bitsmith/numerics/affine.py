@@ -66,6 +66,7 @@ def fake_quantize(
     clip_only: bool = False,
     count: int = 1,
     seed: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> Tensor:
     """``dequantize(quantize(x))`` in float32 with gradients; every tensor broadcasts against x.
 
@@ -82,9 +83,13 @@ def fake_quantize(
 
     ``seed`` (an int64 tensor of one element) turns on stochastic rounding: up with the probability that
     makes the expectation exact.
+
+    ``share`` (ones that broadcast against x) is the weight of a grid that was drawn from several: it changes
+    no value and receives <g, Q(x) - x>, the gradient of choosing this grid. The baseline x matters: without
+    it the estimate carries <g, x>, which is the same for every grid.
     """
     return _FakeQuantize.apply(
-        x, scale, exponent, low, high, half, zero_point, estimator, clip_only, count, seed
+        x, scale, exponent, low, high, half, zero_point, estimator, clip_only, count, seed, share
     )
 
 
@@ -103,18 +108,19 @@ class _FakeQuantize(torch.autograd.Function):
         clip_only: bool,
         count: int,
         seed: Tensor | None,
+        share: Tensor | None,
     ) -> Tensor:
         s = scale if exponent is None else scale * torch.exp2(exponent)
         if exponent is not None and torch.compiler.is_compiling():
             s = _materialized(s)
         y = _levels(x / s, low, high, half, zero_point, seed).mul_(s)
-        ctx.save_for_backward(x, scale, exponent, low, high, half, zero_point, seed, s, y)
+        ctx.save_for_backward(x, scale, exponent, low, high, half, zero_point, seed, share, s, y)
         ctx.rule = (estimator, clip_only, count)
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, exponent, low, high, half, zero_point, seed, s, y = ctx.saved_tensors
+        x, scale, exponent, low, high, half, zero_point, seed, share, s, y = ctx.saved_tensors
         estimator, clip_only, count = ctx.rule
         reach = 0.5 if seed is None else 1.0
         learned = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
@@ -124,12 +130,15 @@ class _FakeQuantize(torch.autograd.Function):
             u = x / s
             q = _levels(u, low, high, half, zero_point, seed, keep=True)
             error = q - u
+            d_share = None if share is None else _sum_to(g, error * s, share)
             inside = error.abs() <= reach
             gm = torch.where(inside, g, 0.0)
             slope = torch.where(inside, 0.0 if clip_only else error.detach(), q)  # of the value by the scale
             d_exponent = _sum_by_parts(g * slope, s) * s if learned else None
         else:
-            error = (y - x).div_(s)
+            error = y - x
+            d_share = None if share is None else _sum_to(g, error, share)
+            error.div_(s)
             # hardtanh's backward is the one operator that masks by a range in one pass
             gm = torch.ops.aten.hardtanh_backward.default(g, error, -reach - EDGE, reach + EDGE)
             d_exponent = _difference(g, y, gm, y if clip_only else x, s) if learned else None
@@ -146,7 +155,7 @@ class _FakeQuantize(torch.autograd.Function):
         if estimator in SURROGATES:
             u = x / s
             d_x = d_x * SURROGATES[estimator](g, u if half is None else u - half, error, high - low)
-        return d_x, d_scale, d_exponent, None, None, None, d_zero_point, None, None, None, None
+        return d_x, d_scale, d_exponent, None, None, None, d_zero_point, None, None, None, None, d_share
 
 
 def _materialized(s: Tensor) -> Tensor:

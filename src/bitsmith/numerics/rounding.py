@@ -56,32 +56,3 @@ def hash_uniform(seed: Tensor, like: Tensor) -> Tensor:
         h = (h ^ ((h >> shift) & ((1 << (32 - shift)) - 1))) * factor
     h = h ^ ((h >> 16) & 0xFFFF)
     return ((h >> 8) & 0xFFFFFF).to(torch.float32).mul(2.0**-24).view(like.shape)
-
-
-def choose(q: Tensor, x: Tensor, share: Tensor) -> Tensor:
-    """q itself in forward; in backward, share receives <g, q - x>: the gradient of choosing this width. Of
-    a share that broadcasts against x, each entry receives the product over its own values.
-
-    The baseline x matters: without it the estimate carries <g, x>, which is the same for every width.
-    """
-    return _Chosen.apply(q, x, share)
-
-
-class _Chosen(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q: Tensor, x: Tensor, share: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(q, x)
-        ctx.shape = share.shape
-        return q.view_as(q)
-
-    @staticmethod
-    def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
-        q, x = ctx.saved_tensors
-        flat = g.is_contiguous() and q.is_contiguous() and x.is_contiguous()
-        if ctx.shape.numel() > 1:
-            return g, None, ((q - x) * g).sum_to_size(ctx.shape)
-        if torch.compiler.is_compiling() or not flat:
-            return g, None, ((q - x) * g).sum().view(ctx.shape)
-        # two dot products write nothing to memory
-        on_q, on_x = (torch.dot(t.view(-1).to(g.dtype), g.view(-1)) for t in (q, x))
-        return g, None, (on_q - on_x).view(ctx.shape)

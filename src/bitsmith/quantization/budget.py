@@ -218,7 +218,7 @@ class BudgetCost:
         """p (S, width), rows of shares padded with zeros -> expected costs (B,), absolute, differentiable."""
         known = self._on(p)
         rows = torch.cat([p, known["one_hot"]])  # the last row stands for every fixed operand
-        first, second = rows.index_select(0, known["first"]), rows.index_select(0, known["second"])
+        first, second = rows.index_select(0, known["both"]).view(2, -1, self.width)
         pairs = first[:, :, None] * second[:, None, :]
         costs = known["constants"] + known["pairs"] @ pairs.flatten()
         if self._peak is None:
@@ -226,6 +226,10 @@ class BudgetCost:
         peak = self._peak.peak(rows).unsqueeze(0)
         at = self.kinds.index("activation_bytes")
         return torch.cat([costs[:at], peak, costs[at + 1 :]])
+
+    def used(self, p: Tensor) -> Tensor:
+        """`expected` over the limits, (B,) float32."""
+        return (self.expected(p) / self._on(p)["limits"]).float()
 
     def exact(self, bits: Mapping[str, Any]) -> dict[str, Any]:
         """Kind -> what the plan costs; sites that ``bits`` does not name are at their fixed widths. Groups
@@ -271,8 +275,8 @@ class BudgetCost:
         self._base = {
             "constants": constants,
             "pairs": pairs.flatten(1),
-            "first": index[:, 0],
-            "second": index[:, 1],
+            "limits": self.limits,
+            "both": index.T.flatten(),
             "one_hot": torch.eye(1, width, dtype=torch.float64),
         }
         self._peak = None

@@ -155,20 +155,20 @@ def _padded(rows: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def draw(widths: Sequence[Categorical], noise: Tensor, temperature: Tensor, padding: Tensor) -> None:
-    """What the next forward uses: Gumbel ``noise`` (rows, K) at ``temperature``, or the candidates drawn with
-    it. All widths at once, so that a step costs few operations however many sites there are."""
+    """What the next forward uses, from exponential ``noise`` (rows, K): at ``temperature`` the Gumbel noise
+    -log(noise), or the candidates drawn with it. All widths at once, so that a step costs few operations
+    however many sites there are."""
     for width in widths:
         width.temperature.copy_(temperature)
     counts = [width.noise.numel() // width.noise.shape[-1] for width in widths]
     if widths[0].mode != "sampled":
-        for width, own in zip(widths, noise.split(counts), strict=True):
+        for width, own in zip(widths, noise.log().neg().split(counts), strict=True):
             width.noise.copy_(own[:, : width.noise.shape[-1]].view(width.noise.shape))
         return
-    scores = scores_of(widths, temperature, padding)
-    drawn = (scores + noise).argmax(1)
-    pull = -torch.softmax(scores, 1)
-    pull.scatter_add_(1, drawn.unsqueeze(1), torch.ones_like(pull))
-    pull *= widths[0].gain / temperature
+    p = torch.softmax(scores_of(widths, temperature, padding), 1)
+    drawn = (p / noise).argmax(1)  # log p + Gumbel noise is largest where p / noise is
+    pull = torch.zeros_like(p).scatter_(1, drawn.unsqueeze(1), 1.0).sub_(p)
+    pull.mul_(widths[0].gain / temperature)
     for width, row, own in zip(widths, drawn.split(counts), pull.split(counts), strict=True):
         width.take(row, own)
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from bitsmith.errors import SiteError
 from bitsmith.numerics import affine, blocks
 from bitsmith.numerics.calibrate import dorefa
-from bitsmith.numerics.rounding import choose
 from bitsmith.quantization.bits import FixedBits
 from bitsmith.quantization.rows import Rows
 from bitsmith.quantization.scheme import Scheme
@@ -63,7 +62,7 @@ class Quantizer(Rows):
         elif bits.blended:
             y = self._between(v, rows, share)
         elif count == 1:
-            y = choose(self._at(v, rows), v, share if share.ndim == 1 else share.view(self.view))
+            y = self._at(v, rows, share if share.ndim == 1 else share.view(self.view))
         else:
             shares = share if share.ndim == 1 else share.view(count, *self.view)
             y = sum(shares[i] * self._at(v, rows[i : i + 1]) for i in range(count))  # type: ignore[assignment]
@@ -71,8 +70,9 @@ class Quantizer(Rows):
             return blocks.from_groups(y, x, self.kind == "weight")
         return y if y.ndim == x.ndim else y.view(x.shape)  # (features,) without a batch met a (1, 1) scale
 
-    def _at(self, v: Tensor, row: Tensor) -> Tensor:
-        """v at the width of one row, given as a (1,) index, or of one per channel, (1, C)."""
+    def _at(self, v: Tensor, row: Tensor, share: Tensor | None = None) -> Tensor:
+        """v at the width of one row, given as a (1,) index, or of one per channel, (1, C); share: of a row
+        that was drawn."""
         low, high, half, scheme = self.low, self.high, self.half_step, self.scheme
         shift: Tensor | None = self.zero_shift
         base_scale: Tensor = self.base_scale
@@ -107,6 +107,7 @@ class Quantizer(Rows):
             clip_only=scheme.range == "pact",
             count=max((v[0].numel() if self.kind == "activation" else v.numel()) // self.range.shape[1], 1),
             seed=self.seed if self.training else None,
+            share=share,
         )
 
     def _between(self, v: Tensor, rows: Tensor, share: Tensor) -> Tensor:
