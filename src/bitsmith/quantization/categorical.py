@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from bitsmith.quantization.bits import BitWidth, Width
 
-MODES = ("sampled", "mixed", "real")
+MODES = ("sampled", "argmax", "mixed", "real")
+ONE = ("sampled", "argmax")  # modes with one row in play
 
 
 class Categorical(BitWidth):
@@ -22,8 +23,9 @@ class Categorical(BitWidth):
 
     mode, what the forward does with it:
         sampled   one row, drawn by `draw` with Gumbel noise; 1 in forward, the logits' gradient in backward
+        argmax    the likeliest row; 1 in forward, in backward p times what `sampled` has: straight-through
         mixed     all rows, weighted by the noisy probabilities
-        real      one grid at the mean width: level bounds and log scale are means over the rows
+        real      one grid at the mean width: level bounds and 1/scale are means over the rows
 
     gain: how many times as fast as a weight a logit moves under an optimizer that normalizes gradients.
     """
@@ -39,7 +41,7 @@ class Categorical(BitWidth):
         count = len(candidates)
         self.logits = nn.Parameter(torch.zeros(count))
         self.register_buffer("candidates", torch.tensor(candidates, dtype=torch.float32))
-        start = [count - 1] if mode == "sampled" else range(count)
+        start = [count - 1] if mode in ONE else range(count)
         self.register_buffer("rows", torch.tensor(list(start)))
         self.register_buffer("temperature", torch.ones(1))
         self.register_buffer("noise", torch.zeros(count))
@@ -61,7 +63,7 @@ class Categorical(BitWidth):
     def share(self) -> Tensor | None:  # type: ignore[override]
         if self._is_decided:
             return None
-        if self.mode != "sampled":
+        if self.mode not in ONE:
             return self.probabilities(noisy=True)
         return _Drawn.apply(self.logits, self.pull, None)
 
@@ -117,7 +119,7 @@ class GroupCategorical(Categorical):
     def share(self) -> Tensor | None:  # type: ignore[override]
         if self._is_decided:
             return None
-        if self.mode != "sampled":
+        if self.mode not in ONE:
             return self.probabilities(noisy=True).index_select(0, self.group).T
         return _Drawn.apply(self.logits, self.pull, self.group)
 
@@ -161,14 +163,17 @@ def draw(widths: Sequence[Categorical], noise: Tensor, temperature: Tensor, padd
     for width in widths:
         width.temperature.copy_(temperature)
     counts = [width.noise.numel() // width.noise.shape[-1] for width in widths]
-    if widths[0].mode != "sampled":
+    mode = widths[0].mode
+    if mode not in ONE:
         for width, own in zip(widths, noise.log().neg().split(counts), strict=True):
             width.noise.copy_(own[:, : width.noise.shape[-1]].view(width.noise.shape))
         return
     p = torch.softmax(scores_of(widths, temperature, padding), 1)
-    drawn = (p / noise).argmax(1)  # log p + Gumbel noise is largest where p / noise is
+    drawn = (p / noise if mode == "sampled" else p).argmax(1)  # log p + Gumbel noise is largest where p / noise is
     pull = torch.zeros_like(p).scatter_(1, drawn.unsqueeze(1), 1.0).sub_(p)
     pull.mul_(widths[0].gain / temperature)
+    if mode == "argmax":
+        pull.mul_(p.gather(1, drawn.unsqueeze(1)))
     for width, row, own in zip(widths, drawn.split(counts), pull.split(counts), strict=True):
         width.take(row, own)
 

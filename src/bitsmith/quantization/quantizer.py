@@ -111,8 +111,8 @@ class Quantizer(Rows):
         )
 
     def _between(self, v: Tensor, rows: Tensor, share: Tensor) -> Tensor:
-        """v on one grid between the rows: level bounds and log scale are the shares' mean. In plain autograd,
-        as bounds and scale both carry the shares' gradient."""
+        """v on one grid between the rows: level bounds and steps per unit are the shares' mean. In plain
+        autograd, as bounds and scale both carry the shares' gradient."""
         weights = share if share.ndim > 1 else share.view(-1, 1)
 
         def shared(of: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class Quantizer(Rows):
             return weights * own
 
         low, high = (shared(b).sum(0).view(self.view) for b in (self.low, self.high))
-        scale = torch.exp2(shared(self.base_scale.log2() + self.range).sum(0)).view(self.view)
+        scale = 1 / shared(torch.exp2(-self.range) / self.base_scale).sum(0).view(self.view)
         half: Tensor | float = 0.0
         if self.half_step is not None:
             half = shared(self.half_step)

@@ -140,7 +140,7 @@ class Rows(nn.Module):
         candidates = self.bits.candidates
         return self._in_play(candidates if candidates.ndim > 1 else candidates.unsqueeze(1), row).squeeze(0)
 
-    def grid_at(self, bits: int) -> str:
+    def grid_at(self, bits: float) -> str:
         """The grid that `auto` means at this width; activations are `unsigned` or not by calibration."""
         if self.scheme.range == "dorefa" and self.kind == "weight":
             return "seq"
@@ -170,7 +170,7 @@ class Rows(nn.Module):
         return names.pop() if len(names) == 1 else "auto"
 
     def _set_bounds(
-        self, row: int, grid: str, bits: int, zero_point: Tensor | float = 0.0, at: Any = slice(None)
+        self, row: int, grid: str, bits: float, zero_point: Tensor | float = 0.0, at: Any = slice(None)
     ) -> None:
         low, high, half = bounds(grid, bits)  # type: ignore[arg-type]
         if grid == "symmetric" and bits == 1:
@@ -336,6 +336,24 @@ class Rows(nn.Module):
             self._set_bounds(row, grid, bits, (before.zero_point.view(-1) * new / old).round())
             self.base_scale[row] *= old / new
         return False
+
+    @torch.no_grad()
+    def step_to(self, bits: float) -> None:
+        """Move the only row to another width, whole or not; its scale becomes the old one times
+        high(old) / high(new), so that the range stays where training took it. The zero point moves along."""
+        before = self.levels()
+        grid = self.grid_at(bits) if self.kind == "weight" else self.grid_name()
+        lowest, highest, half = bounds(grid, bits)  # type: ignore[arg-type]
+        if grid in ("unsigned", "asymmetric"):
+            stretch = (before.high - before.low) / (highest - lowest)
+        else:
+            stretch = (before.high + before.half) / (highest + half)
+        zero_point = self.zero_point[0].clone()
+        self.bits.candidates.fill_(bits)
+        self._set_bounds(0, grid, bits, (zero_point / stretch).round())
+        self.base_scale *= stretch
+        if self.zero_shift is not None:
+            self.zero_shift /= stretch
 
     @torch.no_grad()
     def collapse(self) -> None:
