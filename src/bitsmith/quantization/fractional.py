@@ -1,0 +1,134 @@
+"""Fractional bit-widths: a real number of bits that trains, between two whole widths (FraQAT and its kin).
+
+    mixed     (1 - f) Q_n(x) + f Q_n+1(x)        n = ceil(b) - 1, f = b - n in (0, 1]
+    sampled   Q_n(x) or Q_n+1(x), the latter with the probability f, drawn outside the forward
+    argmax    Q at the nearer of the two
+    real      one grid with a real number of steps: 2^b levels, its bounds and 1/scale between the rows'
+
+n lies *below* b, so that a whole b has a gradient too: that of leaving it.
+
+Where one grid is in play (sampled, argmax) the derivative is that of the error as it falls with the width:
+Q_b(x) - x is proportional to 2^-b, so dQ/db = -ln 2 (Q_b(x) - x). The straight-through form of the same
+choice, <g, Q_n+1 - Q_n>, costs a second quantization; the unbiased one, +-<g, Q_k - x> / p_k, has a variance
+that grows as 1 / f.
+
+`Stepped` is a real width that does not train: FraQAT's curriculum (2510.14823) moves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitsmith.quantization.bits import BitWidth, FixedBits, Width
+
+MODES = ("sampled", "argmax", "mixed", "real")
+
+
+class Fractional(BitWidth):
+    """b of the tensor, or one for each group of consecutive output channels, within the candidates' ends.
+
+    candidates: whole widths without a gap, ascending. start: b of all groups, a number or (G,). sizes:
+    channels of each group; none for a width of the whole tensor. rate: how many times as fast as a weight a
+    width moves, under an optimizer that normalizes gradients.
+
+    After each optimizer step `move` has to be called.
+    """
+
+    offset: nn.Parameter
+    start: Tensor
+    decided: Tensor
+    group: Tensor | None  # (C,): of each channel
+
+    def __init__(
+        self,
+        candidates: Sequence[int],
+        start: float | Tensor,
+        *,
+        sizes: Sequence[int] = (),
+        mode: str = "mixed",
+        rate: float = 20.0,
+    ) -> None:
+        super().__init__()
+        groups = max(len(sizes), 1)
+        self.mode, self.rate, self.blended = mode, rate, mode == "real"
+        self.offset = nn.Parameter(torch.zeros(groups))
+        self.register_buffer("start", torch.as_tensor(start, dtype=torch.float32).expand(groups).clone())
+        self.register_buffer("candidates", torch.tensor(list(candidates), dtype=torch.float32))
+        self.register_buffer(
+            "group", torch.arange(groups).repeat_interleave(torch.tensor(sizes)) if sizes else None
+        )
+        in_play = 2 if mode in ("mixed", "real") else 1
+        rows = torch.zeros(in_play, *([sum(sizes)] if sizes else []), dtype=torch.int64)
+        self.register_buffer("rows", rows)
+        self.register_buffer("decided", torch.zeros(1))
+        self._is_decided = False  # what the buffer says, where forward can branch on it
+        self.move(torch.full((groups,), 0.5))
+
+    def width(self) -> Tensor:
+        """b, (G,), differentiable."""
+        return self.start + self.rate * self.offset
+
+    def _each(self, by_group: Tensor) -> Tensor:
+        """(G,) as each channel sees it: (C,), or (1,) of the tensor."""
+        return by_group if self.group is None else by_group.index_select(0, self.group)
+
+    @property
+    def share(self) -> Tensor | None:  # type: ignore[override]
+        if self._is_decided:
+            return None
+        b = self._each(self.width())
+        if len(self.rows) == 1:
+            falling = torch.exp2(b.detach() - b)  # 1, whose derivative is that of an error that halves each bit
+            return falling if self.group is None else falling.unsqueeze(0)
+        lower = self.candidates.index_select(0, self.rows[0].view(-1))
+        f = b - lower
+        if self.blended:
+            f = torch.exp2(f) - 1  # between 2^n and 2^(n+1) levels there are 2^b
+        return torch.cat([1 - f, f]) if self.group is None else torch.stack([1 - f, f])
+
+    def expected(self) -> Tensor:
+        """b itself, a scalar or (C,); the width once decided."""
+        if self._is_decided:
+            return self.candidates.index_select(0, self.rows[0].view(-1)).view(self.rows[0].shape)
+        b = self._each(self.width())
+        return b.squeeze(0) if self.group is None else b
+
+    @torch.no_grad()
+    def move(self, noise: Tensor) -> None:
+        """Keep b within its ends, and put the rows in play beside it; ``noise`` (G,), uniform, draws them."""
+        if self._is_decided:
+            return
+        low, high = self.candidates[0], self.candidates[-1]
+        b = self.width().clamp_(low, high)
+        self.offset.copy_((b - self.start) / self.rate)
+        below = (b.ceil() - 1).clamp_(low, max(low, high - 1))
+        f = b - below
+        if len(self.rows) == 1:
+            rows = below + (noise < f if self.mode == "sampled" else f >= 0.5)
+            self.rows.copy_(self._each(rows - low).view(self.rows.shape))
+        else:
+            both = torch.stack([self._each(below - low), self._each((below - low + 1).clamp_(max=high - low))])
+            self.rows.copy_(both.view(self.rows.shape))
+
+    @torch.no_grad()
+    def commit(self, bits: Width) -> None:
+        """Decide for a candidate, or for one per channel: a fixed width from now on."""
+        candidates = self.candidates.tolist()
+        each = [bits] if isinstance(bits, int) else list(bits)
+        self.rows[0] = torch.tensor([candidates.index(b) for b in each], device=self.rows.device).view(
+            (-1,) if self.group is not None else ()
+        )
+        self.decided.fill_(1.0)
+        self._is_decided = True
+
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        super()._load_from_state_dict(*arguments, **keywords)
+        self._is_decided = bool(self.decided)
+
+
+class Stepped(FixedBits):
+    """A real width that a schedule moves (`Rows.step_to`); its plan has the whole width below."""
