@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bitsmith.quantization.bits import BitWidth, Width
+from bitsmith.quantization.scheme import FLOAT
 
 MODES = ("sampled", "mixed", "real")
 
@@ -86,11 +87,12 @@ class Categorical(BitWidth):
         """Decide for a candidate: a fixed width from now on."""
         self.rows.fill_(self.candidates.tolist().index(bits))
         self.decided.fill_(1.0)
-        self._is_decided = True
+        self._is_decided, self.in_float = True, bits == FLOAT
 
     def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
         super()._load_from_state_dict(*arguments, **keywords)
         self._is_decided = bool(self.decided)
+        self.in_float = self._is_decided and self.whole() == FLOAT
 
 
 class GroupCategorical(Categorical):
@@ -138,7 +140,7 @@ class GroupCategorical(Categorical):
         each = [bits] * len(self.group) if isinstance(bits, int) else bits
         self.rows[0] = torch.tensor([candidates.index(b) for b in each], device=self.rows.device)
         self.decided.fill_(1.0)
-        self._is_decided = True
+        self._is_decided, self.in_float = True, bits == FLOAT
 
 
 def scores_of(widths: Sequence[Categorical], temperature: Tensor, padding: Tensor) -> Tensor:
