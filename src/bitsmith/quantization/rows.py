@@ -339,7 +339,7 @@ class Rows(nn.Module):
             self.calibrate(*observe_weight(self, x), row)
         else:
             low, high, _ = bounds(grid, bits)
-            old, new = before.high - before.low, high - low
+            old, new = float(before.high - before.low), float(high - low)
             if self.zero_shift is not None:
                 self.zero_shift[row] = 0  # it is in before.zero_point
             self._set_bounds(row, grid, bits, (before.zero_point.view(-1) * new / old).round())
