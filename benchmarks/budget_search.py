@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bitsmith.methods import Method
-from bitsmith.methods.budget_search import BudgetSearch, free_sites, site_candidates
+from bitsmith.methods.budget_search import BudgetSearch
 from bitsmith.quantization import (
     Scheme,
     calibrate,
@@ -50,6 +50,7 @@ from bitsmith.quantization import (
 from bitsmith.quantization.allocate import allocate, uniform_plan
 from bitsmith.quantization.bits import FixedBits
 from bitsmith.quantization.budget import Budget, BudgetCost
+from bitsmith.quantization.candidates import free_sites, site_candidates
 from bitsmith.quantization.cost import CostModel
 from bitsmith.quantization.plan import set_bits
 from bitsmith.quantization.quantizer import sites

@@ -238,7 +238,7 @@ def test_an_impossible_budget_says_what_the_cheapest_plan_costs() -> None:
         searching({"bops": 1e-5})
 
 
-@pytest.mark.parametrize("candidates", [(0, 2), (2, 9), (2, 32), (3,), (2.5, 3)])
+@pytest.mark.parametrize("candidates", [(0, 2), (2, 9), (2, 16), (3,), (2.5, 3)])
 def test_bad_candidates_are_refused(candidates: tuple[int, ...]) -> None:
     with pytest.raises(SchemeError, match="candidates"):
         searching({"bops": 0.02}, candidates=candidates)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bitsmith.quantization.bits import BitWidth, Width
+from bitsmith.quantization.scheme import FLOAT
 
 MODES = ("sampled", "argmax", "mixed", "real")
 ONE = ("sampled", "argmax")  # modes with one row in play
@@ -88,11 +89,12 @@ class Categorical(BitWidth):
         """Decide for a candidate: a fixed width from now on."""
         self.rows.fill_(self.candidates.tolist().index(bits))
         self.decided.fill_(1.0)
-        self._is_decided = True
+        self._is_decided, self.in_float = True, bits == FLOAT
 
     def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
         super()._load_from_state_dict(*arguments, **keywords)
         self._is_decided = bool(self.decided)
+        self.in_float = self._is_decided and self.whole() == FLOAT
 
 
 class GroupCategorical(Categorical):
@@ -140,7 +142,7 @@ class GroupCategorical(Categorical):
         each = [bits] * len(self.group) if isinstance(bits, int) else bits
         self.rows[0] = torch.tensor([candidates.index(b) for b in each], device=self.rows.device)
         self.decided.fill_(1.0)
-        self._is_decided = True
+        self._is_decided, self.in_float = True, bits == FLOAT
 
 
 def scores_of(widths: Sequence[Categorical], temperature: Tensor, padding: Tensor) -> Tensor:
@@ -169,7 +171,9 @@ def draw(widths: Sequence[Categorical], noise: Tensor, temperature: Tensor, padd
             width.noise.copy_(own[:, : width.noise.shape[-1]].view(width.noise.shape))
         return
     p = torch.softmax(scores_of(widths, temperature, padding), 1)
-    drawn = (p / noise if mode == "sampled" else p).argmax(1)  # log p + Gumbel noise is largest where p / noise is
+    drawn = (p / noise if mode == "sampled" else p).argmax(
+        1
+    )  # log p + Gumbel noise is largest where p / noise is
     pull = torch.zeros_like(p).scatter_(1, drawn.unsqueeze(1), 1.0).sub_(p)
     pull.mul_(widths[0].gain / temperature)
     if mode == "argmax":

@@ -75,7 +75,8 @@ def layer_cost(
     if kind == "bops":
         return times(layer.macs, first) * second
     if kind == "weight_bytes":
-        return cost.layer_bytes(layer, {layer.operands[0]: first})
+        bits = dict(zip(layer.operands, (first, second), strict=True))
+        return cost.layer_bytes(layer, bits) + cost.range_bytes(layer, bits)
     if kind == "average_weight_bits":
         return times(layer.weight_elements, first) / max(sum(x.weight_elements for x in cost.layers), 1)
     if kind == "average_activation_bits":

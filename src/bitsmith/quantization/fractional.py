@@ -82,7 +82,9 @@ class Fractional(BitWidth):
             return None
         b = self._each(self.width())
         if len(self.rows) == 1:
-            falling = torch.exp2(b.detach() - b)  # 1, whose derivative is that of an error that halves each bit
+            falling = torch.exp2(
+                b.detach() - b
+            )  # 1, whose derivative is that of an error that halves each bit
             return falling if self.group is None else falling.unsqueeze(0)
         lower = self.candidates.index_select(0, self.rows[0].view(-1))
         f = b - lower
@@ -111,7 +113,9 @@ class Fractional(BitWidth):
             rows = below + (noise < f if self.mode == "sampled" else f >= 0.5)
             self.rows.copy_(self._each(rows - low).view(self.rows.shape))
         else:
-            both = torch.stack([self._each(below - low), self._each((below - low + 1).clamp_(max=high - low))])
+            both = torch.stack(
+                [self._each(below - low), self._each((below - low + 1).clamp_(max=high - low))]
+            )
             self.rows.copy_(both.view(self.rows.shape))
 
     @torch.no_grad()

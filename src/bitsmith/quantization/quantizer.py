@@ -3,7 +3,7 @@
 Its state, a row for each candidate width, is rows.Rows; the scale of a row is base_scale * 2^range:
 positive by construction, weight decay pulls it to its calibration, and exp2 is equal eager and compiled.
 The bit-width (quantization.bits) names the rows in play, for the whole tensor or channel by channel;
-nothing here asks which kind of bit-width it is.
+nothing here asks which kind of bit-width it is. Through a site that is decided for 32 bits, x goes as it is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bitsmith.errors import SiteError
 from bitsmith.numerics import affine, blocks
-from bitsmith.numerics.calibrate import dorefa
+from bitsmith.numerics.calibrate import SMALLEST_STEP, dorefa
 from bitsmith.quantization.bits import FixedBits
 from bitsmith.quantization.rows import Rows
 from bitsmith.quantization.scheme import Scheme
@@ -49,12 +49,13 @@ class Quantizer(Rows):
     # ---- forward
 
     def forward(self, x: Tensor) -> Tensor:
-        """x fake-quantized with the rows in play; float32, shape of x."""
-        scheme = self.scheme
+        """x fake-quantized with the rows in play; float32, shape of x. In float: x itself."""
+        scheme, bits = self.scheme, self.bits
+        if bits.in_float:
+            return x
         if scheme.range == "dorefa" and self.kind == "weight":
             x = dorefa(x)
         v = x if scheme.group_size is None else blocks.to_groups(x, scheme.group_size, self.kind == "weight")
-        bits = self.bits
         rows, share = bits.rows, bits.share
         count = rows.shape[0]
         if share is None:
@@ -141,7 +142,7 @@ class Quantizer(Rows):
         top = v.detach().abs().amax(axes, keepdim=True).float()
         low, high = low.view(self.view), high.view(self.view)
         steps = high if half is None else high + half
-        return (top / steps).clamp(min=1e-8), low, high
+        return (top / steps).clamp(min=SMALLEST_STEP), low, high
 
     @torch.no_grad()
     def at_row(self, x: Tensor, row: int) -> Tensor:
