@@ -111,7 +111,7 @@ class Unit:
         self.model, self.data = float_unit(task, seed)
         self.example = self.data.example()
         free = self.prepared()
-        names = free_sites(free)
+        names = free_sites(free, None, "benchmark")
         candidates = site_candidates(free, names, CANDIDATES)
         set_bits(free, {name: FixedBits(c[-1], c) for name, c in candidates.items()})
         self.calibrate(free)
@@ -321,7 +321,7 @@ def budget_shares(task: str) -> dict[float, float]:
     model = models.build(TASKS[task][0])
     prepare(model, Scheme(bits=4, granularity="channel"), Scheme(bits=4))
     cost = measure(model, torch.rand(1, channels, size, size))
-    free = set(free_sites(model))
+    free = set(free_sites(model, None, "benchmark"))
     return {point: bops_at(cost, free, point) / cost.bops_float for point in POINTS}
 
 

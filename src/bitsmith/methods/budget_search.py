@@ -94,7 +94,7 @@ class BudgetSearch(Method):
         """Make the free sites' widths categorical."""
         self.models = [model]
         cost = measure(model, self.example)
-        free = free_sites(model, self.wanted)
+        free = free_sites(model, self.wanted, "budget_search")
         candidates = site_candidates(model, free, self.candidates)
         several = [name for name, widths in candidates.items() if len(widths) > 1]
         if not several:
@@ -104,7 +104,7 @@ class BudgetSearch(Method):
                 got=listing(map(str, self.candidates)),
                 remedy="Add widths that grids and target hold",
             )
-        groups = group_sizes(model, several, self.channel_groups)
+        groups = group_sizes(model, several, self.channel_groups, "budget_search.channel_groups")
         self.cost = BudgetCost(cost, self.budget, candidates, groups)
         self.widths: dict[str, Categorical] = {}
         for name, widths in candidates.items():

@@ -14,10 +14,11 @@ from bitsmith.quantization.scheme import FLOAT
 from bitsmith.quantization.target import Target, get_target
 
 
-def free_sites(model: nn.Module, wanted: Sequence[str] | None = None) -> list[str]:
+def free_sites(model: nn.Module, wanted: Sequence[str] | None, where: str) -> list[str]:
     """The sites that a search may change: those that match the globs, or all that nobody asked for by name.
 
-    Raises SiteError for a glob that matches nothing, or where no site is free.
+    where: the method, for messages. Raises SiteError for a glob that matches nothing, or where no site is
+    free.
     """
     quantizers = sites(model)
     for pattern in wanted or ():
@@ -25,7 +26,7 @@ def free_sites(model: nn.Module, wanted: Sequence[str] | None = None) -> list[st
             close = nearest(pattern, quantizers) or list(quantizers)[:3]
             raise SiteError(
                 "this pattern matches no site",
-                where=f"budget_search.sites: {pattern}",
+                where=f"{where}.sites: {pattern}",
                 remedy=f"The nearest sites are {', '.join(close)}",
             )
     free = [
@@ -36,7 +37,7 @@ def free_sites(model: nn.Module, wanted: Sequence[str] | None = None) -> list[st
     if not free:
         raise SiteError(
             "there is no site whose width is free",
-            where="budget_search",
+            where=where,
             remedy="Drop `bits` from the overrides, or set first_last_bits: null",
         )
     return free
@@ -62,7 +63,9 @@ def site_candidates(
     return found
 
 
-def group_sizes(model: nn.Module, names: Iterable[str], groups: int) -> dict[str, tuple[int, ...]]:
+def group_sizes(
+    model: nn.Module, names: Iterable[str], groups: int, where: str
+) -> dict[str, tuple[int, ...]]:
     """Site -> channels of each group, for the weights among ``names``; none for one group. Raises
     SchemeError for a weight without a scale per channel, TargetError where the model's target holds no
     widths per channel."""
@@ -72,19 +75,19 @@ def group_sizes(model: nn.Module, names: Iterable[str], groups: int) -> dict[str
     if target.channel_widths != "own":
         raise TargetError(
             f"target {target.name} does not store the channels of a weight at widths of their own",
-            where="budget_search.channel_groups",
+            where=where,
             got=groups,
-            remedy="Set channel_groups: 1, or target: native",
+            remedy="Choose one width for each tensor, or target: native",
         )
     quantizers = sites(model)
     weights = [name for name in names if quantizers[name].kind == "weight"]
     for name in weights:
         if quantizers[name].scheme.granularity != "channel":
             raise SchemeError(
-                "only weights with a scale per output channel are searched in groups of channels",
+                "only weights with a scale per output channel can have widths by groups of channels",
                 where=f"{name}.granularity",
                 got=quantizers[name].scheme.granularity,
-                remedy="Set granularity: channel, or channel_groups: 1",
+                remedy="Set granularity: channel, or choose one width for each tensor",
             )
     return {name: even_sizes(quantizers[name].range.shape[1], groups) for name in weights}
 

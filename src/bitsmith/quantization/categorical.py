@@ -145,7 +145,7 @@ class GroupCategorical(Categorical):
         self._is_decided, self.in_float = True, bits == FLOAT
 
 
-def scores_of(widths: Sequence[Categorical], temperature: Tensor, padding: Tensor) -> Tensor:
+def scores_of(widths: Sequence[Categorical], temperature: Tensor, padding: Tensor | float) -> Tensor:
     """gain * logits / temperature of all widths and groups, one row each, differentiable; (rows, K) with the
     ``padding`` added: -inf where a row has fewer candidates."""
     logits = [row for width in widths for row in width.logits_by_group()]
@@ -158,7 +158,7 @@ def _padded(rows: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def draw(widths: Sequence[Categorical], noise: Tensor, temperature: Tensor, padding: Tensor) -> None:
+def draw(widths: Sequence[Categorical], noise: Tensor, temperature: Tensor, padding: Tensor | float) -> None:
     """What the next forward uses, from exponential ``noise`` (rows, K): at ``temperature`` the Gumbel noise
     -log(noise), or the candidates drawn with it. All widths at once, so that a step costs few operations
     however many sites there are."""

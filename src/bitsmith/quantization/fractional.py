@@ -40,6 +40,7 @@ class Fractional(BitWidth):
 
     offset: nn.Parameter
     start: Tensor
+    ends: Tensor
     decided: Tensor
     group: Tensor | None  # (C,): of each channel
 
@@ -58,19 +59,16 @@ class Fractional(BitWidth):
         self.offset = nn.Parameter(torch.zeros(groups))
         self.register_buffer("start", torch.as_tensor(start, dtype=torch.float32).expand(groups).clone())
         self.register_buffer("candidates", torch.tensor(list(candidates), dtype=torch.float32))
-        self.register_buffer(
-            "group", torch.arange(groups).repeat_interleave(torch.tensor(sizes)) if sizes else None
-        )
+        self.register_buffer("ends", self.candidates[[0, -1]].unsqueeze(1).repeat(1, groups))  # b's, (2, G)
+        each = torch.arange(groups).repeat_interleave(torch.tensor(sizes)) if sizes else None
+        self.register_buffer("group", each)
         in_play = 2 if mode in ("mixed", "real") else 1
-        rows = torch.zeros(in_play, *([sum(sizes)] if sizes else []), dtype=torch.int64)
-        self.register_buffer("rows", rows)
+        self.register_buffer(
+            "rows", torch.zeros(in_play, *([sum(sizes)] if sizes else []), dtype=torch.int64)
+        )
         self.register_buffer("decided", torch.zeros(1))
         self._is_decided = False  # what the buffer says, where forward can branch on it
-        self.move(torch.full((groups,), 0.5))
-
-    def width(self) -> Tensor:
-        """b, (G,), differentiable."""
-        return self.start + self.rate * self.offset
+        move([self], torch.full((groups,), 0.5))
 
     def _each(self, by_group: Tensor) -> Tensor:
         """(G,) as each channel sees it: (C,), or (1,) of the tensor."""
@@ -80,14 +78,12 @@ class Fractional(BitWidth):
     def share(self) -> Tensor | None:  # type: ignore[override]
         if self._is_decided:
             return None
-        b = self._each(self.width())
+        b = self._each(real([self]))
         if len(self.rows) == 1:
-            falling = torch.exp2(
-                b.detach() - b
-            )  # 1, whose derivative is that of an error that halves each bit
+            # 1, whose derivative is that of an error which halves with each bit
+            falling = torch.exp2(b.detach() - b)
             return falling if self.group is None else falling.unsqueeze(0)
-        lower = self.candidates.index_select(0, self.rows[0].view(-1))
-        f = b - lower
+        f = b - self.candidates.index_select(0, self.rows[0].view(-1))
         if self.blended:
             f = torch.exp2(f) - 1  # between 2^n and 2^(n+1) levels there are 2^b
         return torch.cat([1 - f, f]) if self.group is None else torch.stack([1 - f, f])
@@ -96,42 +92,52 @@ class Fractional(BitWidth):
         """b itself, a scalar or (C,); the width once decided."""
         if self._is_decided:
             return self.candidates.index_select(0, self.rows[0].view(-1)).view(self.rows[0].shape)
-        b = self._each(self.width())
+        b = self._each(real([self]))
         return b.squeeze(0) if self.group is None else b
 
-    @torch.no_grad()
-    def move(self, noise: Tensor) -> None:
-        """Keep b within its ends, and put the rows in play beside it; ``noise`` (G,), uniform, draws them."""
-        if self._is_decided:
-            return
-        low, high = self.candidates[0], self.candidates[-1]
-        b = self.width().clamp_(low, high)
-        self.offset.copy_((b - self.start) / self.rate)
-        below = (b.ceil() - 1).clamp_(low, max(low, high - 1))
-        f = b - below
-        if len(self.rows) == 1:
-            rows = below + (noise < f if self.mode == "sampled" else f >= 0.5)
-            self.rows.copy_(self._each(rows - low).view(self.rows.shape))
-        else:
-            both = torch.stack(
-                [self._each(below - low), self._each((below - low + 1).clamp_(max=high - low))]
-            )
-            self.rows.copy_(both.view(self.rows.shape))
+    def take(self, offset: Tensor, rows: Tensor) -> None:
+        """What `move` found: offset (G,), and the row of each group that is in play, or the lower one."""
+        self.offset.copy_(offset)
+        for i, own in enumerate(self.rows):
+            own.copy_(self._each((rows + i).clamp_(max=len(self.candidates) - 1)).view(own.shape))
 
     @torch.no_grad()
     def commit(self, bits: Width) -> None:
         """Decide for a candidate, or for one per channel: a fixed width from now on."""
         candidates = self.candidates.tolist()
-        each = [bits] if isinstance(bits, int) else list(bits)
-        self.rows[0] = torch.tensor([candidates.index(b) for b in each], device=self.rows.device).view(
-            (-1,) if self.group is not None else ()
-        )
+        each = [bits] if isinstance(bits, int) else bits
+        rows = torch.tensor([candidates.index(b) for b in each], device=self.rows.device)
+        self.rows[0] = rows if self.group is not None else rows[0]
         self.decided.fill_(1.0)
         self._is_decided = True
 
     def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
         super()._load_from_state_dict(*arguments, **keywords)
         self._is_decided = bool(self.decided)
+
+
+def real(widths: Sequence[Fractional]) -> Tensor:
+    """b of all groups of all widths, (T,), differentiable."""
+    offset = torch.cat([width.offset for width in widths])
+    return torch.add(torch.cat([width.start for width in widths]), offset, alpha=widths[0].rate)
+
+
+@torch.no_grad()
+def move(widths: Sequence[Fractional], noise: Tensor) -> None:
+    """Keep every b within its ends and put the rows in play beside it; ``noise`` (T,), uniform, draws them.
+    All widths at once, so that a step costs few operations however many sites there are."""
+    low, high = torch.cat([width.ends for width in widths], 1)
+    b = real(widths).clamp_(low, high)
+    offset = (b - torch.cat([width.start for width in widths])) / widths[0].rate
+    below = torch.minimum((b.ceil() - 1).clamp_(min=low), (high - 1).clamp_(min=low))
+    if len(widths[0].rows) == 1:
+        f = b - below
+        rows = below + (noise < f if widths[0].mode == "sampled" else f >= 0.5) - low
+    else:
+        rows = below - low
+    counts = [len(width.offset) for width in widths]
+    for width, own, row in zip(widths, offset.split(counts), rows.long().split(counts), strict=True):
+        width.take(own, row)
 
 
 class Stepped(FixedBits):

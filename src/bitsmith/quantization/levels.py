@@ -36,7 +36,7 @@ class Levels(NamedTuple):
     half: Any
 
 
-def bounds(grid: str, bits: int) -> tuple[int, int, float]:
+def bounds(grid: str, bits: float) -> tuple[int, int, float]:
     """(low, high, half) of a row of this width; of 32 bits the stand-in's."""
     if bits == FLOAT:
         return -STAND_IN_HIGH, STAND_IN_HIGH, 0.0

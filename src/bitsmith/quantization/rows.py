@@ -348,6 +348,13 @@ class Rows(nn.Module):
         return False
 
     @torch.no_grad()
+    def hand_over(self, source: int, row: int) -> None:
+        """Let ``row`` cover the range that training found for the row ``source``."""
+        for tensor in (self.base_scale, self.range):
+            tensor[row] = tensor[source]
+        self.base_scale[row] *= (self.high[source] - self.low[source]) / (self.high[row] - self.low[row])
+
+    @torch.no_grad()
     def step_to(self, bits: float) -> None:
         """Move the only row to another width, whole or not; its scale becomes the old one times
         high(old) / high(new), so that the range stays where training took it. The zero point moves along."""
@@ -363,7 +370,7 @@ class Rows(nn.Module):
         self._set_bounds(0, grid, bits, (zero_point / stretch).round())
         self.base_scale *= stretch
         if self.zero_shift is not None:
-            self.zero_shift /= stretch
+            self.zero_shift.div_(stretch)
 
     @torch.no_grad()
     def collapse(self) -> None:

@@ -134,7 +134,9 @@ class Sites:
         widths = list(options.get("candidates", CANDIDATES))
         pinned = {name for name, q in quantizers.items() if q.pinned}
         self.free = (
-            free_sites(model, options.get("sites")) if len(pinned) < len(quantizers) else list(quantizers)
+            free_sites(model, options.get("sites"), "budget_search")
+            if len(pinned) < len(quantizers)
+            else list(quantizers)
         )
         found = site_candidates(model, self.free, widths)
         for name, own in self.own.items():
