@@ -203,7 +203,7 @@ class Trace(Method):
 
     def after_step(self, step: int, steps: int) -> None:
         if self.searches[0].is_searching():
-            self.values.append(float(self.searches[0].multiplier_bops))
+            self.values.append(float(self.searches[0].multipliers.value[0]))
 
     def varies(self) -> float:
         """Range of the last tenth of the search against its mean."""

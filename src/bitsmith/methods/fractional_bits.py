@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from bitsmith.errors import SchemeError
 from bitsmith.methods.method import Method
-from bitsmith.methods.options import check_choice, check_value, is_number
+from bitsmith.methods.options import KINDS, check_choice, check_value, is_number
 from bitsmith.quantization import Plan, commit, measure, plan_of, set_bits, sites
 from bitsmith.quantization.allocate import allocate
 from bitsmith.quantization.bits import Width, one_or_each
@@ -46,7 +46,7 @@ FALL = 0.6  # of the steps with real widths, in which a target falls from where 
 CERTAIN = 0.9  # probability of the start at the start of a categorical width
 CHOICES = {
     "regularizer": ("linear", "quadratic", "size"),
-    "tensors": ("both", "weights", "activations"),
+    "tensors": tuple(KINDS),
     "parametrization": ("continuous", "categorical"),
     "mode": MODES,
     "rounding": ("allocate", "nearest", "ceil", "floor"),
@@ -120,9 +120,8 @@ class FractionalBits(Method):
     def attach(self, model: nn.Module) -> None:
         """Make the free sites' widths fractional."""
         self.models, quantizers = [model], sites(model)
-        kinds = {"both": ("weight", "activation")}.get(self.tensors, (self.tensors.removesuffix("s"),))
         free = free_sites(model, self.wanted, "fractional_bits")
-        names = [name for name in free if quantizers[name].kind in kinds]
+        names = [name for name in free if quantizers[name].kind in KINDS[self.tensors]]
         whole = list(range(self.ends[0], self.ends[1] + 1))
         self.storable = site_candidates(model, names, whole)
         self.groups = group_sizes(model, names, self.channel_groups, "fractional_bits.per")
@@ -297,7 +296,7 @@ class FractionalBits(Method):
                 if name in weights and (self.recalibrate == "all" or not trained):
                     quantizer.calibrate(*observe_weight(quantizer, weights[name]), row)
                 elif name not in weights and not trained and quantizer.range.requires_grad:
-                    quantizer.hand_over(before[name], row)
+                    quantizer.hand_over(before[name], row, keep_range=True)
 
     def _check_device(self, model: nn.Module) -> None:
         device = get_target(getattr(model, "bitsmith_target", "native"))

@@ -7,6 +7,8 @@ from typing import Any
 
 from bitsmith.errors import SchemeError, listing, nearest
 
+KINDS = {"both": ("weight", "activation"), "weights": ("weight",), "activations": ("activation",)}  # of sites
+
 
 def check_choice(where: str, value: Any, choices: Sequence[str]) -> None:
     """Raise SchemeError with the nearest name unless ``value`` is one of ``choices``."""

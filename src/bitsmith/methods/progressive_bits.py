@@ -8,10 +8,11 @@ prepared at the widths that it shall end at; this method starts every site wider
 width b has the levels -floor(2^(b-1)) .. floor(2^(b-1)) - 1 (numerics.grid).
 
 Differences from the paper. (1) Shares of the steps instead of epochs. (2) It recomputes the range max|W| in
-every forward; here scales are whatever the scheme says (learned by default), and a step down hands them over:
-new = old * high(old) / high(new), after which ``scale_steps`` steps train scales alone. (3) It ends at 4 bits;
-for 3 and 2 the table goes on in the same steps of a quarter of a bit. (4) Its loss is the distance to the
-float model's output alone: that is ``train.distillation: 1``, for any method.
+every forward; here scales are whatever the scheme says (learned by default), and a step down hands over what
+was learned: the range, so that new = old * high(old) / high(new), or the factor on what the calibration of
+the new width says; after which ``scale_steps`` steps train scales alone. (3) It ends at
+4 bits; for 3 and 2 the table goes on in the same steps of a quarter of a bit. (4) Its loss is the distance to
+the float model's output alone: that is ``train.distillation: 1``, for any method.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from bitsmith.errors import SchemeError
 from bitsmith.methods.method import Closure, Method
-from bitsmith.methods.options import check_value, is_number
+from bitsmith.methods.options import KINDS, check_choice, check_value, is_number
 from bitsmith.quantization import Plan, plan_of, set_bits, sites
 from bitsmith.quantization.candidates import free_sites
 from bitsmith.quantization.fractional import Stepped
@@ -40,10 +41,12 @@ class ProgressiveBits(Method):
 
     schedule: (bits, share of the steps) of each precision on the way, falling; a site passes those above its
     own width, and has that for the rest of the steps. By default the paper's table. sites: globs; by default
-    all weights whose width was not asked for by name (activations stay as they are, as in the paper).
-    scale_steps: steps after each step down in which scales train alone.
+    all whose width was not asked for by name. tensors: weights (activations stay as they are, as in the
+    paper), activations or both. hand_over: what a scale keeps at a step down, its learned "factor" on the
+    calibration or its "range". scale_steps: steps after each step down in which scales train alone.
 
-    Raises SchemeError for a schedule that rises or takes more than all steps, SiteError where no site is free.
+    Raises SchemeError for a schedule that rises or takes more than all steps, SiteError where no site is
+    free.
     """
 
     stage: Tensor
@@ -54,21 +57,25 @@ class ProgressiveBits(Method):
         *,
         schedule: Sequence[Sequence[float]] | None = None,
         sites: Sequence[str] | None = None,
+        tensors: str = "weights",
+        hand_over: str = "factor",
         scale_steps: int = 0,
     ) -> None:
         super().__init__()
+        check_choice("progressive_bits.tensors", tensors, tuple(KINDS))
+        check_choice("progressive_bits.hand_over", hand_over, ("factor", "range"))
+        self.keep_range = hand_over == "range"
         self.schedule = None if schedule is None else [(float(b), float(s)) for b, s in _pairs(schedule)]
-        self.wanted, self.scale_steps = sites, scale_steps
+        self.wanted, self.kinds, self.scale_steps = sites, KINDS[tensors], scale_steps
         _check(self.schedule, scale_steps)
-        self.register_buffer("stage", torch.tensor(-1.0))
+        self.register_buffer("stage", torch.tensor(0.0))
         self.register_buffer("settling", torch.tensor(0.0))
 
     def attach(self, model: nn.Module) -> None:
         """Start the sites at the first precision of the schedule."""
         self.models, quantizers = [model], sites(model)
         names = free_sites(model, self.wanted, "progressive_bits")
-        if self.wanted is None:
-            names = [name for name in names if quantizers[name].kind == "weight"]
+        names = [name for name in names if quantizers[name].kind in self.kinds]
         self.goals: dict[str, int] = {}
         for name in names:
             goal = quantizers[name].bits.whole()
@@ -83,8 +90,9 @@ class ProgressiveBits(Method):
         if self.schedule is None:
             self.schedule = paper_schedule(low)
         self.passed = [(b, share) for b, share in self.schedule if b > low]
-        set_bits(model, {name: Stepped(goal) for name, goal in self.goals.items()})
-        self._step(0)
+        above = [b for b, _ in self.passed]
+        self.stops = {name: [*(b for b in above if b > goal), goal] for name, goal in self.goals.items()}
+        set_bits(model, {name: Stepped(stops) for name, stops in self.stops.items()})
         self._ranges = {id(p) for name in names for p in quantizers[name].parameters()}
 
     def after_backward(self, closure: Closure) -> None:
@@ -104,9 +112,9 @@ class ProgressiveBits(Method):
             self._step(stage)
             self.settling.fill_(self.scale_steps)
 
-    def plan(self) -> Plan:
-        """The widths that the model was prepared at."""
-        return plan_of(self.models[0], bits=self.goals)
+    def plan(self) -> Plan | None:
+        """The widths that the model was prepared at, once they are reached."""
+        return plan_of(self.models[0]) if self.stage >= len(self.passed) else None
 
     def scalars(self) -> dict[str, Tensor]:
         """The width of the precision at which most sites are."""
@@ -117,9 +125,12 @@ class ProgressiveBits(Method):
     def _step(self, stage: int) -> None:
         """Move every site to the precision of a stage, or to its goal where that is not below."""
         quantizers = sites(self.models[0])
-        for name, goal in self.goals.items():
-            bits = self.passed[stage][0] if stage < len(self.passed) else goal
-            quantizers[name].step_to(max(bits, goal))
+        for name, stops in self.stops.items():
+            quantizer, row = quantizers[name], min(stage, len(stops) - 1)
+            now = int(quantizer.bits.rows)
+            if row != now:
+                quantizer.hand_over(now, row, keep_range=self.keep_range)
+                quantizer.bits.rows.fill_(row)
         self.stage.fill_(stage)
 
 

@@ -98,7 +98,10 @@ class FixedBits(BitWidth):
     def __init__(self, bits: int | Sequence[int], candidates: Sequence[int] | None = None) -> None:
         super().__init__()
         bits = one_or_each(bits)
-        self.register_buffer("candidates", torch.tensor(candidates or [bits], dtype=torch.float32))
+        self.register_buffer(
+            "candidates",
+            torch.tensor([bits] if candidates is None else list(candidates), dtype=torch.float32),
+        )
         self.register_buffer("rows", torch.tensor([candidates.index(bits) if candidates else 0]))
         self.in_float = bits == FLOAT
 

@@ -12,7 +12,7 @@ Q_b(x) - x is proportional to 2^-b, so dQ/db = -ln 2 (Q_b(x) - x). The straight-
 choice, <g, Q_n+1 - Q_n>, costs a second quantization; the unbiased one, +-<g, Q_k - x> / p_k, has a variance
 that grows as 1 / f.
 
-`Stepped` is a real width that does not train: FraQAT's curriculum (2510.14823) moves it.
+`Stepped` is a real width that does not train: FraQAT's curriculum (2510.14823) moves it from row to row.
 """
 
 from __future__ import annotations
@@ -97,6 +97,8 @@ class Fractional(BitWidth):
 
     def take(self, offset: Tensor, rows: Tensor) -> None:
         """What `move` found: offset (G,), and the row of each group that is in play, or the lower one."""
+        if self._is_decided:
+            return
         self.offset.copy_(offset)
         for i, own in enumerate(self.rows):
             own.copy_(self._each((rows + i).clamp_(max=len(self.candidates) - 1)).view(own.shape))
@@ -141,4 +143,9 @@ def move(widths: Sequence[Fractional], noise: Tensor) -> None:
 
 
 class Stepped(FixedBits):
-    """A real width that a schedule moves (`Rows.step_to`); its plan has the whole width below."""
+    """A width that a schedule moves from one of ``stops``, whole or not, to the next; its plan has the whole
+    width below."""
+
+    def __init__(self, stops: Sequence[float]) -> None:
+        super().__init__(1, range(1, len(stops) + 1))
+        self.candidates.copy_(torch.tensor(stops))

@@ -147,9 +147,8 @@ class Quantizer(Rows):
     @torch.no_grad()
     def at_row(self, x: Tensor, row: int) -> Tensor:
         """x as it is with another row in play."""
-        bits = self.bits
-        candidates = bits.candidates.int().tolist()
-        self.bits = FixedBits(candidates[row], candidates if len(candidates) > 1 else None).to(x.device)
+        bits, count = self.bits, len(self.bits.candidates)
+        self.bits = FixedBits(row + 1, range(1, count + 1) if count > 1 else None).to(x.device)
         try:
             return self.forward(x)
         finally:

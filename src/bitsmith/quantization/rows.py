@@ -84,11 +84,12 @@ class Rows(nn.Module):
             for width, at in self._parts(row):
                 self._set_bounds(row, self.grid_at(width), width, at=at)
 
-    def _parts(self, row: int) -> list[tuple[int, Any]]:
+    def _parts(self, row: int) -> list[tuple[Any, Any]]:
         """(width, index of the channels that have it) of a row, ascending."""
         widths = self.bits.candidates[row]
         if widths.ndim == 0:
-            return [(int(widths), slice(None))]
+            only = widths.item()
+            return [(int(only) if only == int(only) else only, slice(None))]
         return [(int(width), (widths == width).nonzero().flatten()) for width in widths.unique()]
 
     # ---- what is stored
@@ -348,29 +349,21 @@ class Rows(nn.Module):
         return False
 
     @torch.no_grad()
-    def hand_over(self, source: int, row: int) -> None:
-        """Let ``row`` cover the range that training found for the row ``source``."""
-        for tensor in (self.base_scale, self.range):
-            tensor[row] = tensor[source]
-        self.base_scale[row] *= (self.high[source] - self.low[source]) / (self.high[row] - self.low[row])
-
-    @torch.no_grad()
-    def step_to(self, bits: float) -> None:
-        """Move the only row to another width, whole or not; its scale becomes the old one times
-        high(old) / high(new), so that the range stays where training took it. The zero point moves along."""
-        before = self.levels()
-        grid = self.grid_at(bits) if self.kind == "weight" else self.grid_name()
-        lowest, highest, half = bounds(grid, bits)  # type: ignore[arg-type]
-        if grid in ("unsigned", "asymmetric"):
-            stretch = (before.high - before.low) / (highest - lowest)
-        else:
-            stretch = (before.high + before.half) / (highest + half)
-        zero_point = self.zero_point[0].clone()
-        self.bits.candidates.fill_(bits)
-        self._set_bounds(0, grid, bits, (zero_point / stretch).round())
-        self.base_scale *= stretch
+    def hand_over(self, source: int, row: int, *, keep_range: bool) -> None:
+        """Give ``row`` what training found for the scale of ``source``: the factor on its calibration, or,
+        with ``keep_range``, the range itself: its scale is then that of ``source`` times the ratio of their
+        highest levels."""
+        self.range[row] = self.range[source]
         if self.zero_shift is not None:
-            self.zero_shift.div_(stretch)
+            self.zero_shift[row] = self.zero_shift[source] * self._steps(row) / self._steps(source)
+        if keep_range:
+            self.base_scale[row] = self.base_scale[source] * self._steps(source) / self._steps(row)
+
+    def _steps(self, row: int) -> Tensor:
+        """How many steps reach from zero, or from the lowest level, to the highest one."""
+        half = 0 if self.half_step is None else self.half_step[row]
+        above = self.high[row] + half
+        return torch.where(self.low[row] < 0, above, above - self.low[row])
 
     @torch.no_grad()
     def collapse(self) -> None:
