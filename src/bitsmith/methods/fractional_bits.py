@@ -154,7 +154,7 @@ class FractionalBits(Method):
             return real(widths)
         return torch.softmax(scores_of(widths, widths[0].temperature, 0.0), 1) @ widths[0].candidates
 
-    def real_by_site(self) -> dict[str, list[float]]:
+    def learned_bits(self) -> dict[str, list[float]]:
         """Site -> its real width, or those of its groups."""
         return {
             n: b.tolist() for n, b in zip(self.widths, self.real().detach().split(self.counts), strict=True)

@@ -70,3 +70,7 @@ class Method(nn.Module):
     def plan(self) -> Plan | None:
         """The bit-widths decided, or None from a method that decides none."""
         return None
+
+    def learned_bits(self) -> dict[str, list[float]]:
+        """Site -> its real width as it was learned, before rounding, or those of its groups of channels."""
+        return {}
