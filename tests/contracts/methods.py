@@ -141,6 +141,9 @@ METHODS: dict[str, Callable[[Tensor], list[Method]]] = {
     "budget_search by channel group": lambda example: [
         BudgetSearch({"bops": 0.012}, example, candidates=(2, 4, 8), search_share=0.7, channel_groups=3)
     ],
+    "budget_search with float": lambda example: [
+        BudgetSearch({"bops": 0.012}, example, candidates=(2, 4, 32), search_share=0.7)
+    ],
     "search": lambda example: [Search(example)],
     "fractional": lambda example: [Fractional()],
     "sharpness": lambda example: [Sharpness()],
