@@ -157,6 +157,9 @@ METHODS: dict[str, Callable[[Tensor], list[Method]]] = {
     "progressive bits": lambda example: [
         ProgressiveBits(tensors="both", schedule=[(6, 0.2), (5.5, 0.2), (4.5, 0.2)], scale_steps=1)
     ],
+    "budget_search with float": lambda example: [
+        BudgetSearch({"bops": 0.012}, example, candidates=(2, 4, 32), search_share=0.7)
+    ],
     "search": lambda example: [Search(example)],
     "fractional": lambda example: [Fractional()],
     "sharpness": lambda example: [Sharpness()],

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bitsmith.errors import SchemeError, SiteError, TargetError
 from bitsmith.quantization import (
@@ -35,7 +35,6 @@ from tests.quantization.test_target_json import NPU, write
 
 W4, A4 = Scheme(bits=4, granularity="channel"), Scheme(bits=4)
 IMAGES = torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-X = 3 * torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
 VIT = {"width": 8, "depth": 1, "heads": 2, "hidden": 16}
 MODELS = pytest.mark.parametrize(("name", "arguments"), [("digits_cnn", {}), ("digits_vit", VIT)])
 
@@ -47,20 +46,14 @@ def network(name: str = "digits_cnn", **arguments: int) -> nn.Module:
     return model.eval()
 
 
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(IMAGES)
-
-
 def some_in_float(model: nn.Module) -> dict[str, int]:
     """Every third site in float."""
     return {site: FLOAT if i % 3 == 1 else 4 for i, site in enumerate(sites(model))}
 
 
-WIDTHS = (4, 6, FLOAT)
-
 # ---- costs
 
+WIDTHS = (4, 6, FLOAT)
 KINDS = ("bops", "weight_bytes", "activation_bytes", "average_weight_bits", "average_activation_bits")
 EVERYTHING = Budget(
     bops=1.0,
