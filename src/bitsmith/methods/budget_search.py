@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitsmith.errors import SchemeError, listing, nearest
-from bitsmith.methods.method import Method
+from bitsmith.errors import SchemeError, listing
+from bitsmith.methods.method import Method, check_choice, check_value
 from bitsmith.quantization import Plan, commit, measure, plan_of, set_bits, sites
 from bitsmith.quantization.allocate import allocate
 from bitsmith.quantization.bits import FixedBits, Width
@@ -255,15 +255,7 @@ def _check_options(
     damping: float,
     logit_rate: float,
 ) -> None:
-    if mode not in MODES:
-        near = nearest(str(mode), MODES, 1)
-        raise SchemeError(
-            "there is no such mode",
-            where="budget_search.mode",
-            got=mode,
-            expected=listing(MODES),
-            remedy=f"Did you mean {near[0]}?" if near else "",
-        )
+    check_choice("budget_search.mode", mode, MODES)
     checks = (
         ("channel_groups", channel_groups, _is_count(channel_groups), "a whole number from 1 on"),
         ("search_share", search_share, 0 < search_share <= 1, "a share of the steps above 0, up to 1"),
@@ -278,10 +270,7 @@ def _check_options(
         ("logit_rate", logit_rate, logit_rate > 0, "a number above 0"),
     )
     for name, value, holds, expected in checks:
-        if not holds:
-            raise SchemeError(
-                "this value is out of range", where=f"budget_search.{name}", got=value, expected=expected
-            )
+        check_value(f"budget_search.{name}", value, holds, expected)
 
 
 def _check_float(mode: str, channel_groups: int) -> None:

@@ -27,13 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from bitsmith.errors import SchemeError
-from bitsmith.methods.method import Method
-from bitsmith.methods.options import KINDS, check_choice, check_value, is_number
+from bitsmith.methods.method import Method, check_choice, check_value, is_number
 from bitsmith.quantization import Plan, commit, measure, plan_of, set_bits, sites
 from bitsmith.quantization.allocate import allocate
 from bitsmith.quantization.bits import Width, one_or_each
 from bitsmith.quantization.budget import Budget, BudgetCost
-from bitsmith.quantization.candidates import free_sites, group_sizes, site_candidates
+from bitsmith.quantization.candidates import KINDS, free_sites, group_sizes, site_candidates
 from bitsmith.quantization.categorical import Categorical, GroupCategorical, draw, scores_of
 from bitsmith.quantization.cost_kinds import AVERAGES, average_shares
 from bitsmith.quantization.fractional import MODES, Fractional, move, real
@@ -79,6 +78,8 @@ class FractionalBits(Method):
     fixed: Tensor
     elements: Tensor
     of_site: Tensor
+    targeted: Tensor
+    wanted_bits: Tensor
 
     def __init__(
         self,
@@ -137,6 +138,9 @@ class FractionalBits(Method):
         self.register_buffer("elements", elements, persistent=False)  # (T,)
         of_site = torch.cat([torch.full((n,), 1 / n) for n in self.counts])
         self.register_buffer("of_site", of_site, persistent=False)
+        targeted = [AVERAGES.index(kind) for kind in self.target]
+        self.register_buffer("targeted", torch.tensor(targeted, dtype=torch.int64), persistent=False)
+        self.register_buffer("wanted_bits", torch.tensor(list(self.target.values())), persistent=False)
         b = self.real().detach()
         self.register_buffer("learned", b.clone())
         self.register_buffer("begin", self._targeted(b))
@@ -188,9 +192,11 @@ class FractionalBits(Method):
         learning = max(1, round(self.learn_share * steps))
         if self.target:
             self.multipliers.advance()
-            fall = min(1.0, (step + 1) / (FALL * learning))
-            wanted = self.begin.new_tensor(list(self.target.values()))
-            self.limits.copy_(self.begin * (wanted / self.begin) ** fall)
+            fall = (step + 1) / (FALL * learning)
+            if fall <= 1:
+                self.limits.copy_(self.begin * (self.wanted_bits / self.begin) ** fall)
+            else:
+                self.limits.copy_(self.wanted_bits)
         self._move()
         if step + 1 >= learning:
             self.learned.copy_(self.real())
@@ -228,7 +234,7 @@ class FractionalBits(Method):
 
     def _targeted(self, b: Tensor) -> Tensor:
         """Of the averages those that have a target."""
-        return self.averages(b)[[AVERAGES.index(kind) for kind in self.target]]
+        return self.averages(b).index_select(0, self.targeted)
 
     def _made(self, whole: list[int], sizes: Sequence[int]) -> Fractional | Categorical:
         """A width that starts where it was asked for."""
@@ -252,10 +258,10 @@ class FractionalBits(Method):
 
     def _move(self) -> None:
         widths = list(self.widths.values())
-        noise = torch.rand(len(self.learned), len(widths[0].candidates), generator=self.generator)
-        noise = noise.to(self.learned.device)
+        columns = 1 if self.parametrization == "continuous" else len(widths[0].candidates)
+        noise = torch.rand(len(self.learned), columns, generator=self.generator).to(self.learned.device)
         if self.parametrization == "continuous":
-            move(widths, noise[:, 0])
+            move(widths, noise.squeeze(1))
         else:
             draw(widths, -noise.log(), widths[0].temperature, 0.0)
 

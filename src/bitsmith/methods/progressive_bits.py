@@ -25,10 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from bitsmith.errors import SchemeError
-from bitsmith.methods.method import Closure, Method
-from bitsmith.methods.options import KINDS, check_choice, check_value, is_number
+from bitsmith.methods.method import Closure, Method, check_choice, check_value, is_number
 from bitsmith.quantization import Plan, plan_of, set_bits, sites
-from bitsmith.quantization.candidates import free_sites
+from bitsmith.quantization.candidates import KINDS, free_sites
 from bitsmith.quantization.fractional import Stepped
 
 PAPER = ((8, 1), (7, 1), (6, 1), (5.5, 1), (5, 1), (4.75, 2), (4.5, 2), (4.25, 2))  # bits, epochs

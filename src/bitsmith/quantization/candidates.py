@@ -13,6 +13,8 @@ from bitsmith.quantization.quantizer import Quantizer, sites
 from bitsmith.quantization.scheme import FLOAT
 from bitsmith.quantization.target import Target, get_target
 
+KINDS = {"both": ("weight", "activation"), "weights": ("weight",), "activations": ("activation",)}  # of sites
+
 
 def free_sites(model: nn.Module, wanted: Sequence[str] | None, where: str) -> list[str]:
     """The sites that a search may change: those that match the globs, or all that nobody asked for by name.

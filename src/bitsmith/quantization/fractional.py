@@ -17,6 +17,7 @@ that grows as 1 / f.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +42,7 @@ class Fractional(BitWidth):
     offset: nn.Parameter
     start: Tensor
     ends: Tensor
+    below: Tensor  # the whole width below b, of each channel or (1,)
     decided: Tensor
     group: Tensor | None  # (C,): of each channel
 
@@ -66,6 +68,7 @@ class Fractional(BitWidth):
         self.register_buffer(
             "rows", torch.zeros(in_play, *([sum(sizes)] if sizes else []), dtype=torch.int64)
         )
+        self.register_buffer("below", self.candidates[:1].repeat(max(sum(sizes), 1)))
         self.register_buffer("decided", torch.zeros(1))
         self._is_decided = False  # what the buffer says, where forward can branch on it
         move([self], torch.full((groups,), 0.5))
@@ -78,12 +81,9 @@ class Fractional(BitWidth):
     def share(self) -> Tensor | None:  # type: ignore[override]
         if self._is_decided:
             return None
-        b = self._each(real([self]))
         if len(self.rows) == 1:
-            # 1, whose derivative is that of an error which halves with each bit
-            falling = torch.exp2(b.detach() - b)
-            return falling if self.group is None else falling.unsqueeze(0)
-        f = b - self.candidates.index_select(0, self.rows[0].view(-1))
+            return _Halving.apply(self.offset, self.group, self.rate)
+        f = self._each(torch.add(self.start, self.offset, alpha=self.rate)) - self.below
         if self.blended:
             f = torch.exp2(f) - 1  # between 2^n and 2^(n+1) levels there are 2^b
         return torch.cat([1 - f, f]) if self.group is None else torch.stack([1 - f, f])
@@ -95,13 +95,19 @@ class Fractional(BitWidth):
         b = self._each(real([self]))
         return b.squeeze(0) if self.group is None else b
 
-    def take(self, offset: Tensor, rows: Tensor) -> None:
-        """What `move` found: offset (G,), and the row of each group that is in play, or the lower one."""
+    def take(self, offset: Tensor, below: Tensor, rows: Tensor) -> None:
+        """What `move` found, of each group (G,): offset, the whole width below, the (lower) row in play."""
         if self._is_decided:
             return
         self.offset.copy_(offset)
-        for i, own in enumerate(self.rows):
-            own.copy_(self._each((rows + i).clamp_(max=len(self.candidates) - 1)).view(own.shape))
+        if len(self.rows) == 1:
+            self.rows.copy_(self._each(rows).view(self.rows.shape))
+            return
+        self.below.copy_(self._each(below))
+        both = torch.stack([rows, (rows + 1).clamp_(max=len(self.candidates) - 1)])
+        self.rows.copy_(
+            (both if self.group is None else both.index_select(1, self.group)).view(self.rows.shape)
+        )
 
     @torch.no_grad()
     def commit(self, bits: Width) -> None:
@@ -138,8 +144,26 @@ def move(widths: Sequence[Fractional], noise: Tensor) -> None:
     else:
         rows = below - low
     counts = [len(width.offset) for width in widths]
-    for width, own, row in zip(widths, offset.split(counts), rows.long().split(counts), strict=True):
-        width.take(own, row)
+    parts = (part.split(counts) for part in (offset, below, rows.long()))
+    for width, *own in zip(widths, *parts, strict=True):
+        width.take(*own)
+
+
+class _Halving(torch.autograd.Function):
+    """1 for each channel, (1, C), or (1,): the share of a grid whose error halves with each bit of b."""
+
+    @staticmethod
+    def forward(ctx, offset: Tensor, group: Tensor | None, rate: float) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(group)
+        ctx.slope, ctx.shape = -math.log(2) * rate, offset.shape
+        return torch.ones_like(offset) if group is None else offset.new_ones(1, len(group))
+
+    @staticmethod
+    def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
+        (group,) = ctx.saved_tensors
+        if group is not None:
+            g = g.new_zeros(ctx.shape).index_add(0, group, g[0])
+        return g * ctx.slope, None, None
 
 
 class Stepped(FixedBits):
