@@ -100,7 +100,7 @@ class FractionalBits(Method):
         learn_share: float = 0.5,
         rate: float = 20.0,
         multiplier_rate: float = 0.2,
-        damping: float = 2.0,
+        damping: float = 5.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
