@@ -9,8 +9,8 @@ model trained first, 20 epochs for every contender (fashion_mnist: 10 epochs on 
 
     schedule   at once | through fractional widths (the paper's table) | the integer staircase with the same shares
                of the steps; weights alone to 4, 3, 2 bits with activations at 8, and both to 3 and 2
-    widths     learned widths of tensors, of channels (of weights), of weights or activations alone, against
-               uniform widths and budget search, all at the average bits of the uniform plan
+    widths     learned widths of tensors (mixed, and the other modes), of channels (of weights), of weights or
+               activations alone, against uniform widths and budget search, all at the uniform plan's average bits
     rounding   nearest, ceil, floor and allocate, to any width and to 2, 4, 8 only: at the fractional point, after
                rounding, after recalibration, after the fine-tune
 """
@@ -41,6 +41,10 @@ WIDTHS = {  # name -> (tensors, options of FractionalBits, or None for a baselin
     "search": ("both", None),
     "tensor": ("both", {}),
     "channel": ("both", {"per": "channel"}),
+    "tensor, sampled": ("both", {"mode": "sampled"}),
+    "tensor, argmax": ("both", {"mode": "argmax"}),
+    "tensor, real": ("both", {"mode": "real"}),
+    "tensor, categorical": ("both", {"parametrization": "categorical", "mode": "sampled"}),
     "uniform, weights": ("weights", None),
     "tensor, weights": ("weights", {}),
     "channel, weights": ("weights", {"per": "channel"}),

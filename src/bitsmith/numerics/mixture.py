@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitsmith.numerics.affine import EDGE, fake_quantize, inner, levels
+from bitsmith.numerics.affine import EDGE, inner, levels
 
 
 def fake_quantize_mixture(
@@ -30,13 +30,6 @@ def fake_quantize_mixture(
 ) -> Tensor:
     """sum over k of share[k] Q_k(x), float32; all but x stacked over the K grids, each entry broadcasts
     against x. Gradients as in `fake_quantize` (estimator "clipped"); share[k] receives <g, Q_k(x)>."""
-    if torch.compiler.is_compiling():
-        y = x.new_zeros(())
-        for k in range(len(scale)):
-            own = None if half is None else half[k]
-            settings: dict[str, Any] = {"exponent": exponent[k], "clip_only": clip_only, "count": count}
-            y = y + share[k] * fake_quantize(x, scale[k], low[k], high[k], own, **settings)
-        return y
     return _Mixture.apply(x, share, scale, exponent, low, high, half, clip_only, count)
 
 
@@ -67,7 +60,6 @@ class _Mixture(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, share, s, high, *parts = ctx.saved_tensors
         d_share, d_exponent, d_x = [], [], None

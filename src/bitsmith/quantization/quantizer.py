@@ -75,15 +75,18 @@ class Quantizer(Rows):
         """v at the width of one row, given as a (1,) index, or of one per channel, (1, C); share: of a row
         that was drawn."""
         scheme = self.scheme
-        exponent: Tensor | None
-        base_scale, exponent, low, high, half, shift = self._of(row)
+        base_scale, low, high, half = self.base_scale, self.low, self.high, self.half_step
+        shift: Tensor | None = self.zero_shift
+        exponent: Tensor | None = self.range
+        if low.shape[0] > 1:
+            base_scale, exponent, low, high, half, shift = self._of(row)
         if half is not None and half.shape[1] > 1:
             half = half.view(self.view)
         if scheme.range == "dynamic" or (scheme.range == "dorefa" and self.kind == "weight"):
             base_scale, low, high = self._dynamic(v, low, high, half)
             exponent = None
         elif self.view != (1,):
-            base_scale, exponent = base_scale.view(self.view), exponent.view(self.view)
+            base_scale, exponent = base_scale.view(self.view), exponent.view(self.view)  # type: ignore[union-attr]
             low, high = low.view(self.view), high.view(self.view)
         return affine.fake_quantize(
             v,
@@ -95,7 +98,7 @@ class Quantizer(Rows):
             exponent=exponent,
             estimator=scheme.estimator,
             clip_only=scheme.range == "pact",
-            count=self._values_per_scale(v),
+            count=max((v[0].numel() if self.kind == "activation" else v.numel()) // self.range.shape[1], 1),
             seed=self.seed if self.training else None,
             share=share,
         )
@@ -104,8 +107,6 @@ class Quantizer(Rows):
         """base_scale, range, low, high, half_step and zero_shift of these rows, (R,) or (R, C): (R, C)."""
         low, high, half = self.low, self.high, self.half_step
         shift: Tensor | None = self.zero_shift
-        if low.shape[0] == 1:
-            return self.base_scale, self.range, low, high, half, shift
         if rows.ndim > 1:
             half = None if half is None else half.expand(-1, rows.shape[1]).gather(0, rows)
             low, high = low.gather(0, rows), high.gather(0, rows)
@@ -141,13 +142,8 @@ class Quantizer(Rows):
             high,
             half,
             clip_only=scheme.range == "pact",
-            count=self._values_per_scale(v),
+            count=max((v[0].numel() if self.kind == "activation" else v.numel()) // self.range.shape[1], 1),
         )
-
-    def _values_per_scale(self, v: Tensor) -> int:
-        """Of one sample for activations."""
-        values = v[0].numel() if self.kind == "activation" else v.numel()
-        return max(values // self.range.shape[1], 1)
 
     def _between(self, v: Tensor, rows: Tensor, share: Tensor) -> Tensor:
         """v on one grid between the rows: level bounds and steps per unit are the shares' mean. In plain
