@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bitsmith.methods import Method
-from bitsmith.methods.budget_search import BudgetSearch, free_sites, site_candidates
+from bitsmith.methods.budget_search import BudgetSearch
 from bitsmith.quantization import (
     Scheme,
     calibrate,
@@ -50,6 +50,7 @@ from bitsmith.quantization import (
 from bitsmith.quantization.allocate import allocate, uniform_plan
 from bitsmith.quantization.bits import FixedBits
 from bitsmith.quantization.budget import Budget, BudgetCost
+from bitsmith.quantization.candidates import free_sites, site_candidates
 from bitsmith.quantization.cost import CostModel
 from bitsmith.quantization.plan import set_bits
 from bitsmith.quantization.quantizer import sites
@@ -110,7 +111,7 @@ class Unit:
         self.model, self.data = float_unit(task, seed)
         self.example = self.data.example()
         free = self.prepared()
-        names = free_sites(free)
+        names = free_sites(free, None, "benchmark")
         candidates = site_candidates(free, names, CANDIDATES)
         set_bits(free, {name: FixedBits(c[-1], c) for name, c in candidates.items()})
         self.calibrate(free)
@@ -202,7 +203,7 @@ class Trace(Method):
 
     def after_step(self, step: int, steps: int) -> None:
         if self.searches[0].is_searching():
-            self.values.append(float(self.searches[0].multiplier_bops))
+            self.values.append(float(self.searches[0].multipliers.value[0]))
 
     def varies(self) -> float:
         """Range of the last tenth of the search against its mean."""
@@ -320,7 +321,7 @@ def budget_shares(task: str) -> dict[float, float]:
     model = models.build(TASKS[task][0])
     prepare(model, Scheme(bits=4, granularity="channel"), Scheme(bits=4))
     cost = measure(model, torch.rand(1, channels, size, size))
-    free = set(free_sites(model))
+    free = set(free_sites(model, None, "benchmark"))
     return {point: bops_at(cost, free, point) / cost.bops_float for point in POINTS}
 
 

@@ -1,4 +1,4 @@
-"""What searching costs: time of a budget search's step over the step of fixed-width QAT of the same model.
+"""What widths that train cost: a step of budget search, fractional or progressive bits over one of fixed-width QAT.
 
     python benchmarks/search_step.py                 # all cases, eager; a few minutes
     python benchmarks/search_step.py --cases CNN
@@ -14,6 +14,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +22,43 @@ import _results
 import torch
 from overhead import digits_cnn, resnet20
 
+from bitsmith.methods import Method
 from bitsmith.methods.budget_search import BudgetSearch
+from bitsmith.methods.fractional_bits import FractionalBits
+from bitsmith.methods.progressive_bits import ProgressiveBits
 from bitsmith.quantization import Scheme, calibrate, parameter_groups, prepare
 
 MODELS = {"digits CNN": (digits_cnn, 200), "ResNet-20": (resnet20, 8)}
 CANDIDATES = {3: (2, 4, 8), 7: (2, 3, 4, 5, 6, 7, 8)}
-MODES = ("sampled", "mixed", "real")
+TARGET = {"average_weight_bits": 4.2, "average_activation_bits": 4.5}
 
 
-def step_of(make: Callable[[], Any], candidates: tuple[int, ...] | None, mode: str) -> Callable[[], None]:
-    """One training step of fixed 4-bit QAT (candidates None), or of a search."""
+def methods(example: torch.Tensor) -> dict[str, Callable[[], Method]]:
+    """Name -> the method, in all that it can do to a step."""
+    found: dict[str, Callable[[], Method]] = {}
+    for count, candidates in CANDIDATES.items():
+        for mode in ("sampled", "mixed", "real"):
+            found[f"search, {mode}, {count} candidates"] = partial(
+                BudgetSearch, {"bops": 0.03}, example, candidates=candidates, mode=mode, search_share=1.0
+            )
+    for per in ("tensor", "channel"):
+        for mode in ("sampled", "argmax", "mixed", "real"):
+            found[f"fractional, {mode}, {per}"] = partial(
+                FractionalBits, example, target=TARGET, mode=mode, per=per, learn_share=1.0
+            )
+    found["progressive"] = partial(ProgressiveBits, tensors="both", schedule=[(8, 0.5)])
+    return found
+
+
+def step_of(make: Callable[[], Any], method: str) -> Callable[[], None]:
+    """One training step of fixed 4-bit QAT (method "fixed"), or of a method."""
     torch.manual_seed(0)
     model, x, loss = make()
     prepare(model, Scheme(bits=4, granularity="channel"), Scheme(bits=4))
-    search = None
-    if candidates is not None:
-        search = BudgetSearch({"bops": 0.03}, x[:1], candidates=candidates, mode=mode, search_share=1.0)
-        search.attach(model)
+    moved = None
+    if method != "fixed":
+        moved = methods(x[:1])[method]()
+        moved.attach(model)
     calibrate(model, [x])
     optimizer = torch.optim.AdamW(parameter_groups(model, learning_rate=1e-4), fused=True)
     done = 0
@@ -46,23 +67,23 @@ def step_of(make: Callable[[], Any], candidates: tuple[int, ...] | None, mode: s
         nonlocal done
         optimizer.zero_grad(set_to_none=True)
         loss(model(x)).backward()
-        if search is not None:
-            search.penalty().backward()
+        if moved is not None:
+            penalty = moved.penalty()
+            if penalty.requires_grad:
+                penalty.backward()
         optimizer.step()
-        if search is not None:
-            search.after_step(done, 1_000_000)
+        if moved is not None:
+            moved.after_step(done, 1_000_000)
         done += 1
 
     return step
 
 
-def measure(name: str) -> dict[str, Any]:
-    """Fixed width and every search in turns."""
+def measure(name: str, wanted: str) -> dict[str, Any]:
+    """Fixed width and every method in turns."""
     make, rounds = MODELS[name]
-    steps = {"fixed": step_of(make, None, "")}
-    for count, candidates in CANDIDATES.items():
-        for mode in MODES:
-            steps[f"{mode}, {count} candidates"] = step_of(make, candidates, mode)
+    names = ["fixed", *(key for key in methods(make()[1][:1]) if wanted in key)]
+    steps = {key: step_of(make, key) for key in names}
     times: dict[str, list[float]] = {key: [] for key in steps}
     for turn in range(rounds + 2):
         for key, step in steps.items():
@@ -86,6 +107,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", default="", help="only models whose name contains this")
+    parser.add_argument("--methods", default="", help="only those whose name contains this")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -93,10 +115,11 @@ def main() -> None:
     print(f"{_results.machine()['kind']}, one thread")
     for name in MODELS:
         if options.cases in name:
-            results[name] = measure(name)
-            for key, r in results[name].items():
+            found = measure(name, options.methods)
+            results.setdefault(name, {}).update(found)
+            for key, r in found.items():
                 print(
-                    f"{name:<12}{key:<24}{r['ms']:>9.2f} ms{r['ratio']:>8.3f}{r['median_ratio']:>8.3f}",
+                    f"{name:<12}{key:<34}{r['ms']:>9.2f} ms{r['ratio']:>8.3f}{r['median_ratio']:>8.3f}",
                     flush=True,
                 )
             _results.save("search_step", results, options.out)

@@ -26,6 +26,18 @@ METHODS = {
         ["methods.0.budget_search.candidates=4"],
         ["budget_search.candidates", "4", "at least two widths"],
     ),
+    "a candidate between 8 and 32": (
+        ["methods.0.budget_search.candidates=[2, 16]"],
+        ["budget_search.candidates", "16", "1 to 8, or 32 to leave a site in float"],
+    ),
+    "float among real-valued widths": (
+        ["methods.0.budget_search.candidates=[2, 32]", "methods.0.budget_search.mode=real"],
+        ["budget_search.mode", "real", "sampled or mixed", "leave 32 out"],
+    ),
+    "float among groups of channels": (
+        ["methods.0.budget_search.candidates=[2, 32]", "methods.0.budget_search.channel_groups=2"],
+        ["budget_search.channel_groups", "2", "in float as a whole", "leave 32 out"],
+    ),
     "candidates out of range": (["methods.0.budget_search.candidates=[2, 9]"], ["candidates", "9", "1 to 8"]),
     "impossible budget": (["methods.0.budget_search.budget={bops: 0.001}"], ["cheapest plan", "held up by"]),
     "a plan and a search": (["plan=plan.json"], ["plan", "budget_search", "--set methods=[]"]),

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from bitsmith.methods import Method
 from bitsmith.methods.budget_search import BudgetSearch
+from bitsmith.methods.fractional_bits import FractionalBits
+from bitsmith.methods.progressive_bits import ProgressiveBits
 from bitsmith.quantization import BitWidth, Plan, measure, plan_of, set_bits, sites
 from bitsmith.quantization.layers import weights_of
 from tests.quantization.widths import Sampled
@@ -140,6 +142,23 @@ METHODS: dict[str, Callable[[Tensor], list[Method]]] = {
     ],
     "budget_search by channel group": lambda example: [
         BudgetSearch({"bops": 0.012}, example, candidates=(2, 4, 8), search_share=0.7, channel_groups=3)
+    ],
+    "fractional bits": lambda example: [
+        FractionalBits(
+            example, target={"average_weight_bits": 3, "average_activation_bits": 3}, learn_share=0.7
+        )
+    ],
+    "fractional bits by channel, sampled": lambda example: [
+        FractionalBits(example, strength=0.5, bits=(2, 4), per="channel", mode="sampled", rounding="floor")
+    ],
+    "categorical fractional bits": lambda example: [
+        FractionalBits(example, strength=1.0, parametrization="categorical", mode="argmax", bits=(2, 4))
+    ],
+    "progressive bits": lambda example: [
+        ProgressiveBits(tensors="both", schedule=[(6, 0.2), (5.5, 0.2), (4.5, 0.2)], scale_steps=1)
+    ],
+    "budget_search with float": lambda example: [
+        BudgetSearch({"bops": 0.012}, example, candidates=(2, 4, 32), search_share=0.7)
     ],
     "search": lambda example: [Search(example)],
     "fractional": lambda example: [Fractional()],

@@ -119,7 +119,7 @@ def test_its_plan_is_committed_and_packed(model: str, method: str) -> None:
     report = commit(net, plan)
     assert report.post_training == ()
     assert plan_of(net).sites == plan.sites
-    if method != "sharpness":
+    if method not in ("sharpness", "progressive bits"):  # these end at the widths that they found
         assert sum(map(mean_width, plan.bits.values())) < 4 * len(plan.bits), "it was pressed to fewer bits"
     fixed = fixed_at(net, model, plan.bits)
     assert torch.equal(evaluated(net), evaluated(fixed))

@@ -137,7 +137,7 @@ def test_groups_are_refused_where_nothing_can_hold_them() -> None:
         target="onnxruntime",
         first_last_bits=None,
     )
-    with pytest.raises(TargetError, match=r"channel_groups: .*Set channel_groups: 1, or target: native"):
+    with pytest.raises(TargetError, match=r"channel_groups: .*Choose one width for each tensor"):
         BudgetSearch({"bops": 0.02}, X[:1], channel_groups=2).attach(model)
     model = network()
     prepare(model, Scheme(bits=4), Scheme(bits=4), first_last_bits=None)

@@ -81,3 +81,16 @@ def test_committing_a_row_recompiles_nothing() -> None:
     assert counter.frame_count == 1
     assert not torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[1], seen[2])
+
+
+def test_a_site_decided_for_float_compiles_to_float() -> None:
+    net = layer(WEIGHT, INPUT)
+    for quantizer in sites(net).values():
+        quantizer.set_bits(FixedBits(4, [2, 4, 32]), net.weight if quantizer.kind == "weight" else None)
+    calibrate(net, [X + 0.8])
+    torch.compiler.reset()
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(X), net(X))
+    for quantizer in sites(net).values():
+        quantizer.commit(32)
+    assert torch.equal(compiled(X), nn.functional.linear(X, net.weight, net.bias))

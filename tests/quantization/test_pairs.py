@@ -7,7 +7,7 @@ from torch import nn
 
 from bitsmith.errors import TargetError
 from bitsmith.quantization import Scheme, commit, plan_of, prepare, sites
-from bitsmith.quantization.layers import operand_quantizers
+from bitsmith.quantization.layers import layer_operands
 from bitsmith.tasks.models import build
 from tests.quantization.test_target_json import NPU, write
 
@@ -16,9 +16,9 @@ W4, A4, A8 = Scheme(bits=4, granularity="channel"), Scheme(bits=4), Scheme(bits=
 
 def pairs(model: nn.Module) -> set[tuple[int, int]]:
     return {
-        (int(first.bits.expected()), int(second.bits.expected()))
-        for first, second in operand_quantizers(model)
-        if first is not None and second is not None
+        (int(first.quantizer.bits.expected()), int(second.quantizer.bits.expected()))
+        for first, second in layer_operands(model)
+        if first.quantizer is not None and second.quantizer is not None
     }
 
 

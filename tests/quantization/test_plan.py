@@ -201,7 +201,7 @@ def test_a_plan_must_speak_of_every_site() -> None:
         commit(model, bits)
 
 
-@pytest.mark.parametrize("width", [0, 9, 32])
+@pytest.mark.parametrize("width", [0, 9, 16])
 def test_impossible_widths_are_refused_and_change_nothing(width: int) -> None:
     model = calibrated()
     before = copy.deepcopy(model.state_dict())

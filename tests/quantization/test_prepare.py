@@ -77,7 +77,7 @@ def test_none_and_32_bits_leave_operands_in_float_and_say_so() -> None:
     coverage = prepare(model, W4, None, overrides={"2.weight": {"bits": 32}})
     assert set(sites(model)) == {"0.weight", "4.weight"}
     reasons = {x.name: x.reason for x in coverage.leftovers}
-    assert reasons["2.weight"] == reasons["2.input"] == "left in float by its scheme"
+    assert reasons["2.weight"] == reasons["2.input"] == "left in float by its scheme or plan"
     assert "0.bias" in reasons
 
 

@@ -267,7 +267,7 @@ def test_bits_have_one_owner() -> None:
 
 
 @pytest.mark.parametrize(
-    ("grid", "bits"), [("symmetric", 1), ("balanced", 1), ("auto", 0), ("auto", 9), ("auto", 32)]
+    ("grid", "bits"), [("symmetric", 1), ("balanced", 1), ("auto", 0), ("auto", 9), ("auto", 16)]
 )
 def test_candidates_must_be_widths_of_the_grid(grid: str, bits: int) -> None:
     quantizer, x = weight(Scheme(bits=4, grid=grid))

@@ -164,3 +164,39 @@ def test_a_run_by_channel_group_delivers_and_exports_a_plan_with_lists(
     assert all(entry["passed"] for entry in certificate["exports"].values())
     assert not certificate["exports"]["native"]["wider_containers"]
     assert certificate["exports"]["onnx"]["wider_containers"]
+
+
+def test_sites_left_in_float_reach_the_files_and_every_account_of_them(tmp_path: Path) -> None:
+    """A generous budget: whoever wins, it is committed, dropped, packed, verified, and opened again."""
+    out = tmp_path / "run"
+    metrics = searched(
+        out,
+        "methods.0.budget_search.candidates=[2, 8, 32]",
+        "methods.0.budget_search.budget={bops: 0.6}",
+    )
+    plan = Plan.load(out / "plan.json")
+    in_float = {site for site, bits in plan.bits.items() if bits == 32}
+    assert in_float
+    (budget,) = metrics["budget"]
+    assert budget["used"] == metrics["cost"]["bops"] <= budget["limit"]
+    coverage = json.loads((out / "coverage.json").read_text())
+    assert {site["name"] for site in coverage["sites"]} == set(plan.bits) - in_float
+    assert in_float <= {left["name"] for left in coverage["leftovers"]}
+    certificate, _ = export_run(out, ["native"])
+    assert certificate["exports"]["native"]["passed"]
+    assert "float" in (out / "report.html").read_text()
+
+    again = tmp_path / "again"
+    again.mkdir()
+    recipe = load_recipe(None, [*SETTINGS[:-1], "methods=[]", f"plan={out / 'plan.json'}"])
+    run(recipe, again / "run")
+    assert Plan.load(again / "run" / "plan.json").bits == plan.bits
+
+
+def test_the_competitor_may_be_float(tmp_path: Path) -> None:
+    metrics = searched(
+        tmp_path / "run",
+        "methods.0.budget_search.candidates=[2, 32]",
+        "methods.0.budget_search.budget={bops: 1.0}",
+    )
+    assert metrics["uniform"]["bits"] == "float x float"

@@ -157,3 +157,9 @@ def test_a_contest_that_makes_no_sense_is_one_line(
     write(run / "metrics.json", {**metrics, **entries})
     with pytest.raises(FormatError, match=message):
         write_report(run)
+
+
+def test_a_uniform_plan_in_float_is_called_that(tmp_path: Path) -> None:
+    run = build_searched(tmp_path / "run")
+    change(run, uniform={"bits": "float x float"})
+    assert "for the uniform plan in float of the same budget" in said(run)

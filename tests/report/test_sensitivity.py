@@ -85,3 +85,12 @@ def test_scores_are_short(score: float, text: str) -> None:
 def test_prices_of_several_budgets_name_their_kinds() -> None:
     price = [{"kind": "bops", "cost": 1, "share": 0.1}, {"kind": "weight_bytes", "cost": 1, "share": 0.002}]
     assert price_text(price).replace(words.SPACE, " ") == "+10.0 % BOPs, +0.2 % weight bytes"
+
+
+def test_32_bits_are_called_float() -> None:
+    found = findings()
+    site = found["sites"][2]
+    site |= {"candidates": [2, 4, 32], "scores": [0.1, 1e-3, 0.0], "bits": 32, "next": None}
+    text = Document(render(found)).text
+    assert "float" in text
+    assert "32" not in text

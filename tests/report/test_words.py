@@ -65,6 +65,8 @@ def test_a_scaled_figure_reads_back_within_half_of_its_last_digit(value: float) 
         ([8, 3, 3, 8], "8-bit weights (2 layers at 3)"),
         ([8, 3, 3], "3-bit weights (1 layer at 8)"),
         ([8, 2, 3, 4], "2- to 8-bit weights"),
+        ([8, 2, 3, 32], "2-bit to float weights"),
+        ([8, 8, 32], "8-bit weights (1 layer in float)"),
         ([32, 32], "float weights"),
         ([None], ""),
     ],

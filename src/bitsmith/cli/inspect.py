@@ -88,10 +88,15 @@ def _figure(name: str, value: float) -> str:
 
 
 def show_sites(console: Console, sites: list[dict[str, Any]]) -> None:
-    """One row a site: bits, grid and what shares a scale."""
-    from bitsmith.report.words import widths
+    """One row a site: bits, grid and what shares a scale; in float it has neither."""
+    from bitsmith.report.metrics import FLOAT_BITS
+    from bitsmith.report.words import DASH, widths
 
-    rows = [(s["name"], s["kind"], widths(s["bits"]), _grid(s["grid"]), _shared(s)) for s in sites]
+    rows = [
+        (s["name"], s["kind"], widths(s["bits"]))
+        + ((DASH, DASH) if s["bits"] == FLOAT_BITS else (_grid(s["grid"]), _shared(s)))
+        for s in sites
+    ]
     console.print(table("Sites", ("site", "kind", "bits", "grid", "a scale per"), rows))
 
 

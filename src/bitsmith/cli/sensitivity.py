@@ -67,15 +67,15 @@ def command(
 
 def _show(found: dict[str, Any], out: Path) -> None:
     from bitsmith.report.sensitivity import asked, bits_text, figure, kind_text
-    from bitsmith.report.words import points, small_percent
+    from bitsmith.report.words import bits, points, small_percent
 
     console = output()
     by_budget = found["plan_from"] == "budget"
     kinds = " / ".join(kind_text(entry["kind"]) for entry in found["budget"])
-    widths = sorted({bits for site in found["sites"] for bits in site["candidates"]})
+    widths = sorted({width for site in found["sites"] for width in site["candidates"]})
     made = table(
         "Score of every site and width",
-        ("site", *map(str, widths), "plan" if by_budget else "bits", "next", "price"),
+        ("site", *map(bits, widths), "plan" if by_budget else "bits", "next", "price"),
         (),
         caption="Higher hurts more; bold is the plan, dim was asked for by name. "
         f"Price of the next width: share of {'the budget' if by_budget else 'the float model'}'s {kinds}.",
@@ -84,8 +84,8 @@ def _show(found: dict[str, Any], out: Path) -> None:
         known = dict(zip(site["candidates"], site["scores"], strict=True))
         chosen = "bold" if site["free"] else "dim bold"
         cells = [
-            Text(figure(known[bits]) if bits in known else "", chosen if bits == site["bits"] else "")
-            for bits in widths
+            Text(figure(known[width]) if width in known else "", chosen if width == site["bits"] else "")
+            for width in widths
         ]
         wider = site["next"]
         shares = [small_percent(entry["share"]) for entry in wider["price"]] if wider else []
@@ -93,8 +93,8 @@ def _show(found: dict[str, Any], out: Path) -> None:
         made.add_row(
             Text(site["name"], "" if site["free"] else "dim"),
             *cells,
-            Text(str(site["bits"]), chosen),
-            str(wider["bits"]) if wider else "",
+            Text(bits(site["bits"]), chosen),
+            bits(wider["bits"]) if wider else "",
             price,
         )
     console.print(Text(asked(found), style="dim"))

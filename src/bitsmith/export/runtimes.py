@@ -82,7 +82,9 @@ def open_onnx(path: Path, trained: nn.Module) -> Opened:
         file_bytes=path.stat().st_size,
         stored=stored,
         predict=lambda x: onnx.run(session, x)[0],
-        probe=onnx.open_probe(path, [name for name, q in sites(trained).items() if q.kind == "activation"]),
+        probe=onnx.open_probe(
+            path, [n for n, q in sites(trained).items() if q.kind == "activation" and not q.bits.in_float]
+        ),
         options={"graph_optimization_level": "all", **onnx.CURES},
         predict_default=lambda x: onnx.run(onnx.session(path, cures=False), x)[0],
     )

@@ -75,7 +75,7 @@ def _scales(model: nn.Module) -> dict[nn.Module, tuple[str, tuple[Tensor, float]
     """Activation quantizers with one stored scale: module -> (site, (scale, half))."""
     found: dict[nn.Module, tuple[str, tuple[Tensor, float]]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, Quantizer) and module.kind == "activation":
+        if isinstance(module, Quantizer) and module.kind == "activation" and not module.bits.in_float:
             at = module.levels()
             if module.scheme.range != "dynamic" and at.scale.numel() == 1:
                 found[module] = (module.name, (at.scale, at.half))

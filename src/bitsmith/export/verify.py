@@ -128,7 +128,7 @@ def trained_codes(trained: nn.Module) -> dict[str, Tensor]:
     for layer in trained.modules():
         if isinstance(layer, QuantLayer) and not isinstance(layer, QuantMatMul):
             q, weight = layer.weight_quantizer, layer.weight
-            if q is not None:
+            if q is not None and not q.bits.in_float:
                 grouped = q.scheme.group_size is not None
                 codes[q.name] = from_groups(q.codes(weight), weight, True) if grouped else q.codes(weight)
     return codes

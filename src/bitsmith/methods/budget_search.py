@@ -20,31 +20,23 @@ description's own loop.
 
 from __future__ import annotations
 
-import fnmatch
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bitsmith.errors import SchemeError, SiteError, TargetError, listing, nearest
-from bitsmith.methods.method import Method
+from bitsmith.errors import SchemeError, listing
+from bitsmith.methods.method import Method, check_choice, check_value
 from bitsmith.quantization import Plan, commit, measure, plan_of, set_bits, sites
 from bitsmith.quantization.allocate import allocate
 from bitsmith.quantization.bits import FixedBits, Width
 from bitsmith.quantization.budget import Budget, BudgetCost
-from bitsmith.quantization.categorical import (
-    MODES,
-    Categorical,
-    GroupCategorical,
-    draw,
-    scores_of,
-)
-from bitsmith.quantization.channel_groups import even_sizes
+from bitsmith.quantization.candidates import free_sites, group_sizes, site_candidates
+from bitsmith.quantization.categorical import MODES, Categorical, GroupCategorical, draw, scores_of
 from bitsmith.quantization.multipliers import Multipliers
-from bitsmith.quantization.quantizer import Quantizer
-from bitsmith.quantization.target import get_target
+from bitsmith.quantization.scheme import FLOAT
 
 FILL = 0.98  # of what the dearest plan uses: bits that the budget pays for are not left unused
 
@@ -53,10 +45,11 @@ class BudgetSearch(Method):
     """Bits of all free sites under a hard budget, learned while training.
 
     budget: what the plan may cost (`Budget`, or a mapping of its fields); several are held at once.
-    example: a batch, from which the cost is counted. candidates: widths of every free site, those left out
-    that the target does not store. sites: globs of the sites to search; by default all whose width was not
-    asked for by name (first and last layer, overrides with bits). channel_groups: groups of consecutive
-    output channels that a weight is searched in, each with a width of its own. mode: see `Categorical`.
+    example: a batch, from which the cost is counted. candidates: widths of every free site, 32 to leave it
+    in float; those are left out that the target does not hold. sites: globs of the sites to search; by
+    default all whose width was not asked for by name (first and last layer, overrides with bits).
+    channel_groups: groups of consecutive output channels that a weight is searched in, each with a width of
+    its own. mode: see `Categorical`.
     search_share: share of the steps that search. temperature: at the first and the last step of the search.
     multiplier_rate (eta), damping (rho): of the Lagrangian. logit_rate: speed of logits against weights.
 
@@ -90,6 +83,8 @@ class BudgetSearch(Method):
         self.wanted, self.mode, self.logit_rate = sites, mode, logit_rate
         self.channel_groups = channel_groups
         _check_options(mode, channel_groups, search_share, temperature, multiplier_rate, damping, logit_rate)
+        if FLOAT in self.candidates:
+            _check_float(mode, channel_groups)
         self.search_share, self.temperatures = search_share, temperature
         self.multiplier_rate, self.damping = multiplier_rate, damping
         self.register_buffer("temperature", torch.tensor(float(temperature[0])))
@@ -99,7 +94,7 @@ class BudgetSearch(Method):
         """Make the free sites' widths categorical."""
         self.models = [model]
         cost = measure(model, self.example)
-        free = free_sites(model, self.wanted)
+        free = free_sites(model, self.wanted, "budget_search")
         candidates = site_candidates(model, free, self.candidates)
         several = [name for name, widths in candidates.items() if len(widths) > 1]
         if not several:
@@ -109,7 +104,7 @@ class BudgetSearch(Method):
                 got=listing(map(str, self.candidates)),
                 remedy="Add widths that grids and target hold",
             )
-        groups = group_sizes(model, several, self.channel_groups)
+        groups = group_sizes(model, several, self.channel_groups, "budget_search.channel_groups")
         self.cost = BudgetCost(cost, self.budget, candidates, groups)
         self.widths: dict[str, Categorical] = {}
         for name, widths in candidates.items():
@@ -229,101 +224,17 @@ class BudgetSearch(Method):
         self.generator.set_state(state.cpu())
 
 
-def free_sites(model: nn.Module, wanted: Sequence[str] | None = None) -> list[str]:
-    """The sites that a search may change: those that match the globs, or all that nobody asked for by name.
-
-    Raises SiteError for a glob that matches nothing, or where no site is free.
-    """
-    quantizers = sites(model)
-    for pattern in wanted or ():
-        if not fnmatch.filter(quantizers, pattern):
-            close = nearest(pattern, quantizers) or list(quantizers)[:3]
-            raise SiteError(
-                "this pattern matches no site",
-                where=f"budget_search.sites: {pattern}",
-                remedy=f"The nearest sites are {', '.join(close)}",
-            )
-    free = [
-        name
-        for name, q in quantizers.items()
-        if (any(fnmatch.fnmatch(name, pattern) for pattern in wanted) if wanted else not q.pinned)
-    ]
-    if not free:
-        raise SiteError(
-            "there is no site whose width is free",
-            where="budget_search",
-            remedy="Drop `bits` from the overrides, or set first_last_bits: null",
-        )
-    return free
-
-
-def site_candidates(
-    model: nn.Module, names: Sequence[str], candidates: Sequence[int]
-) -> dict[str, list[int]]:
-    """Site -> the candidates that its grid and the model's target hold, ascending. Raises SchemeError."""
-    target = get_target(getattr(model, "bitsmith_target", "native"))
-    quantizers = sites(model)
-    found = {}
-    for name in names:
-        found[name] = [b for b in candidates if _holds(quantizers[name], b, target.weight_containers)]
-        if not found[name]:
-            raise SchemeError(
-                f"target {target.name} stores none of these widths",
-                where=f"{name}.candidates",
-                got=listing(map(str, candidates)),
-                expected=f"some of {listing(map(str, target.weight_containers))}",
-            )
-    return found
-
-
-def group_sizes(model: nn.Module, names: Iterable[str], groups: int) -> dict[str, tuple[int, ...]]:
-    """Site -> channels of each group, for the weights among ``names``; none for one group. Raises
-    SchemeError for a weight without a scale per channel, TargetError where the model's target holds no
-    widths per channel."""
-    if groups == 1:
-        return {}
-    target = get_target(getattr(model, "bitsmith_target", "native"))
-    if target.channel_widths != "own":
-        raise TargetError(
-            f"target {target.name} does not store the channels of a weight at widths of their own",
-            where="budget_search.channel_groups",
-            got=groups,
-            remedy="Set channel_groups: 1, or target: native",
-        )
-    quantizers = sites(model)
-    weights = [name for name in names if quantizers[name].kind == "weight"]
-    for name in weights:
-        if quantizers[name].scheme.granularity != "channel":
-            raise SchemeError(
-                "only weights with a scale per output channel are searched in groups of channels",
-                where=f"{name}.granularity",
-                got=quantizers[name].scheme.granularity,
-                remedy="Set granularity: channel, or channel_groups: 1",
-            )
-    return {name: even_sizes(quantizers[name].range.shape[1], groups) for name in weights}
-
-
-def _holds(quantizer: Quantizer, bits: int, containers: Mapping[int, int]) -> bool:
-    if quantizer.kind == "weight" and bits not in containers:
-        return False
-    try:
-        quantizer.check_width(bits)
-    except SchemeError:
-        return False
-    return True
-
-
 def _checked(candidates: Any) -> list[int]:
     if isinstance(candidates, str) or not isinstance(candidates, Sequence):
         candidates = [candidates]
     for bits in candidates:
-        if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
+        if isinstance(bits, bool) or not isinstance(bits, int) or bits not in (*range(1, 9), FLOAT):
             raise SchemeError(
                 "this is not a width",
                 where="budget_search.candidates",
                 got=bits,
-                expected="whole numbers of bits from 1 to 8",
-                remedy="To keep a layer in float, give it {bits: 32} in quantize.overrides",
+                expected="whole numbers of bits from 1 to 8, or 32 to leave a site in float",
+                remedy="Drop it from the list, as in [2, 4, 8, 32]",
             )
     if len(set(candidates)) < 2:
         raise SchemeError(
@@ -344,15 +255,7 @@ def _check_options(
     damping: float,
     logit_rate: float,
 ) -> None:
-    if mode not in MODES:
-        near = nearest(str(mode), MODES, 1)
-        raise SchemeError(
-            "there is no such mode",
-            where="budget_search.mode",
-            got=mode,
-            expected=listing(MODES),
-            remedy=f"Did you mean {near[0]}?" if near else "",
-        )
+    check_choice("budget_search.mode", mode, MODES)
     checks = (
         ("channel_groups", channel_groups, _is_count(channel_groups), "a whole number from 1 on"),
         ("search_share", search_share, 0 < search_share <= 1, "a share of the steps above 0, up to 1"),
@@ -367,9 +270,23 @@ def _check_options(
         ("logit_rate", logit_rate, logit_rate > 0, "a number above 0"),
     )
     for name, value, holds, expected in checks:
+        check_value(f"budget_search.{name}", value, holds, expected)
+
+
+def _check_float(mode: str, channel_groups: int) -> None:
+    """What cannot be searched with 32 among the candidates."""
+    checks = (
+        ("mode", mode, mode != "real", "sampled or mixed: between 8 bits and float there is no grid"),
+        ("channel_groups", channel_groups, channel_groups == 1, "1: a weight is in float as a whole"),
+    )
+    for name, value, holds, expected in checks:
         if not holds:
             raise SchemeError(
-                "this value is out of range", where=f"budget_search.{name}", got=value, expected=expected
+                "this does not go with 32 among the candidates",
+                where=f"budget_search.{name}",
+                got=value,
+                expected=expected,
+                remedy="Change it, or leave 32 out of the candidates",
             )
 
 

@@ -113,7 +113,7 @@ class _FakeQuantize(torch.autograd.Function):
         s = scale if exponent is None else scale * torch.exp2(exponent)
         if exponent is not None and torch.compiler.is_compiling():
             s = _materialized(s)
-        y = _levels(x / s, low, high, half, zero_point, seed).mul_(s)
+        y = levels(x / s, low, high, half, zero_point, seed).mul_(s)
         ctx.save_for_backward(x, scale, exponent, low, high, half, zero_point, seed, share, s, y)
         ctx.rule = (estimator, clip_only, count)
         return y
@@ -128,16 +128,16 @@ class _FakeQuantize(torch.autograd.Function):
             if exponent is not None and not torch.compiler.is_compiling():
                 s = scale * torch.exp2(exponent)  # with its history, for second derivatives
             u = x / s
-            q = _levels(u, low, high, half, zero_point, seed, keep=True)
+            q = levels(u, low, high, half, zero_point, seed, keep=True)
             error = q - u
-            d_share = None if share is None else _sum_to(g, error * s, share)
+            d_share = None if share is None else inner(g, error * s, share)
             inside = error.abs() <= reach
             gm = torch.where(inside, g, 0.0)
             slope = torch.where(inside, 0.0 if clip_only else error.detach(), q)  # of the value by the scale
             d_exponent = _sum_by_parts(g * slope, s) * s if learned else None
         else:
             error = y - x
-            d_share = None if share is None else _sum_to(g, error, share)
+            d_share = None if share is None else inner(g, error, share)
             error.div_(s)
             # hardtanh's backward is the one operator that masks by a range in one pass
             gm = torch.ops.aten.hardtanh_backward.default(g, error, -reach - EDGE, reach + EDGE)
@@ -150,7 +150,7 @@ class _FakeQuantize(torch.autograd.Function):
             if exponent is None:
                 d_scale, d_exponent = d_exponent / s, None
         if zero_point is not None and ctx.needs_input_grad[6]:
-            d_zero_point = -s * _sum_to(g - gm, None, s)
+            d_zero_point = -s * inner(g - gm, None, s)
         d_x = g if estimator == "pure" else gm
         if estimator in SURROGATES:
             u = x / s
@@ -165,7 +165,7 @@ def _materialized(s: Tensor) -> Tensor:
     return s.expand(32, *s.shape).amax(0)  # of equal numbers; fewer than 9 would be unrolled
 
 
-def _levels(
+def levels(
     u: Tensor,
     low: Tensor,
     high: Tensor,
@@ -193,7 +193,7 @@ def _levels(
     return q if half is None else q.add_(half)
 
 
-def _sum_to(a: Tensor, b: Tensor | None, like: Tensor) -> Tensor:
+def inner(a: Tensor, b: Tensor | None, like: Tensor) -> Tensor:
     """sum of a * b over the axes along which ``like`` is broadcast."""
     if b is not None and like.numel() == 1 and a.dtype == b.dtype and not torch.is_grad_enabled():
         if a.is_contiguous() and b.is_contiguous():
@@ -208,7 +208,7 @@ def _difference(a: Tensor, b: Tensor, c: Tensor, d: Tensor, like: Tensor) -> Ten
     """sum of a * b - c * d over the axes along which ``like`` is broadcast."""
     if like.numel() > 1 and a.dtype == d.dtype:
         return (a * b).addcmul_(c, d, value=-1).sum_to_size(like.shape)
-    return _sum_to(a, b, like) - _sum_to(c, d, like)
+    return inner(a, b, like) - inner(c, d, like)
 
 
 def _sum_by_parts(a: Tensor, like: Tensor) -> Tensor:

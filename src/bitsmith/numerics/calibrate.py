@@ -20,6 +20,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
+SMALLEST_STEP = (
+    2.0**-27
+)  # of a range that is found while it runs: a power of two, by which divisions are exact
 EMPTY = 2.0**-24  # the scale of a channel of zeros: small, and the smallest that float16 can still store
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 AT_ONCE = 2**20  # values searched at a time: bounds the memory, and a chunk stays in the cache

@@ -13,19 +13,25 @@ A code c is an integer in [low, high]; its value is ``scale * (c - zero_point + 
 and two bits. With half = 1/2 its codes stay ordinary integers, so that packing knows nothing of it; ParetoQ
 prints the same levels as multiples of a = 2^(b-1) * scale. Symmetric grids of one bit would be {-1, 0}: use
 `seq`, whose one-bit form is sign(w) * scale / 2.
+
+A fractional b (FraQAT, 2510.14823) puts the whole number below 2^(b-1), or 2^b, in their places: symmetric
+5.5 bits are -22 .. 21. The paper divides max|W| by 2^(b-1) - 1 even where that is no integer; here the range
+ends on a level.
 """
 
 from __future__ import annotations
 
 from typing import Literal, get_args
 
+ROUNDING = 1e-9  # 2 ** log2(n) may come out below n
+
 Grid = Literal["symmetric", "balanced", "seq", "unsigned", "asymmetric"]
 GRIDS: tuple[str, ...] = get_args(Grid)
 
 
-def bounds(grid: Grid, bits: int) -> tuple[int, int, float]:
-    """(low, high, half) of ``grid`` at ``bits`` in 1..8."""
-    positive = 2 ** (bits - 1) - 1
+def bounds(grid: Grid, bits: float) -> tuple[int, int, float]:
+    """(low, high, half) of ``grid`` at ``bits`` from 1 to 8."""
+    positive = int(2 ** (bits - 1) + ROUNDING) - 1
     match grid:
         case "symmetric":
             return -positive - 1, positive, 0.0
@@ -34,5 +40,5 @@ def bounds(grid: Grid, bits: int) -> tuple[int, int, float]:
         case "seq":
             return -positive - 1, positive, 0.5
         case "unsigned" | "asymmetric":
-            return 0, 2**bits - 1, 0.0
+            return 0, int(2**bits + ROUNDING) - 1, 0.0
     raise ValueError(f"grid {grid!r} is not one of {GRIDS}")

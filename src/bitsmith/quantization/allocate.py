@@ -29,6 +29,7 @@ from bitsmith.quantization.overspent import overspent
 CUTS = 32  # plans that the solver let over by its tolerance and that are then forbidden one by one
 ROUNDED_CUTS = 128  # the same, where codes of groups of channels are rounded up to bytes
 TIGHTEN = 1e-6  # relative, beyond that
+NEARLY = 1e-3  # relative: how near to the dearest plan the search for it comes
 
 
 @dataclass(frozen=True)
@@ -105,13 +106,16 @@ def _floors(cost: BudgetCost, program: Program, limits: Mapping[str, float], fil
     dearest = {}
     for kind, limit in limits.items():
         # Less than all, as the solver may be over by its tolerance; a peak has no row that could hold it up.
-        found = program.solve(program.costs[kind], {**limits, kind: limit * (1 - TIGHTEN)})
+        # To the last unit it would be a subset sum, minutes where many sites are alike.
+        within = {**limits, kind: limit * (1 - TIGHTEN)}
+        found = program.solve(program.costs[kind], within, gap=NEARLY)
         if found is not None and kind != "activation_bytes":
-            dearest[kind] = min(cost.exact(found.bits)[kind], limit)
+            reached = min(cost.exact(found.bits)[kind], limit)
+            dearest[kind] = reached, min(fill * found.bound, reached)
     if not dearest:
         return {}
-    kind = max(dearest, key=lambda kind: dearest[kind] / limits[kind])
-    return {kind: fill * dearest[kind]}
+    kind = max(dearest, key=lambda kind: dearest[kind][0] / limits[kind])
+    return {kind: dearest[kind][1]}
 
 
 def uniform_plan(cost: BudgetCost) -> dict[str, Width]:

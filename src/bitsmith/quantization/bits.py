@@ -19,16 +19,20 @@ whose candidate is (1, C), as low, high and scale of a row are per channel anywa
 
 R is fixed by the class, so that a compiled forward has one graph; *which* rows is data, in a buffer, drawn
 or moved outside forward. `commit(bits)` decides: afterwards the width is fixed, but every tensor keeps its
-shape (optimizer state, averages and checkpoints stay valid).
+shape (optimizer state, averages and checkpoints stay valid). Decided for 32, a site is in float: `in_float`
+is set, and its quantizer returns what it is given.
 Only the fixed width is here; each method brings its own next to its paper's formulas.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from bitsmith.quantization.scheme import FLOAT
 
 Width = int | tuple[int, ...]  # of a site: one, or one per output channel of a weight
 
@@ -46,20 +50,25 @@ def mean_width(bits: Width) -> float:
 
 
 def in_words(bits: Width) -> str:
-    """A width for people: "4", or "2-8, 3.4 on average"."""
+    """A width for people: "4", "float", or "2-8, 3.4 on average"."""
     bits = one_or_each(bits)
-    return (
-        str(bits) if isinstance(bits, int) else f"{min(bits)}-{max(bits)}, {mean_width(bits):.2g} on average"
-    )
+    if isinstance(bits, int):
+        return "float" if bits == FLOAT else str(bits)
+    return f"{min(bits)}-{max(bits)}, {mean_width(bits):.2g} on average"
 
 
 class BitWidth(nn.Module):
-    """What a quantizer asks of a bit-width. Buffers: candidates (K,) float32, rows (R,) or (R, C) int64."""
+    """What a quantizer asks of a bit-width. Buffers: candidates (K,) float32, rows (R,) or (R, C) int64.
+
+    in_float: whether it is decided for 32. What the buffers say, where forward can branch on it; so a
+    bit-width sets it in `commit` and when its state is loaded.
+    """
 
     candidates: Tensor
     rows: Tensor
     share: Tensor | None
     blended = False  # one grid between the rows instead of a mean of their values
+    in_float = False
 
     def expected(self) -> Tensor:
         """Expected bits: a scalar, or (C,) where channels have widths of their own."""
@@ -89,8 +98,12 @@ class FixedBits(BitWidth):
     def __init__(self, bits: int | Sequence[int], candidates: Sequence[int] | None = None) -> None:
         super().__init__()
         bits = one_or_each(bits)
-        self.register_buffer("candidates", torch.tensor(candidates or [bits], dtype=torch.float32))
+        self.register_buffer(
+            "candidates",
+            torch.tensor([bits] if candidates is None else list(candidates), dtype=torch.float32),
+        )
         self.register_buffer("rows", torch.tensor([candidates.index(bits) if candidates else 0]))
+        self.in_float = bits == FLOAT
 
     def expected(self) -> Tensor:
         """The width itself, or (C,)."""
@@ -105,3 +118,8 @@ class FixedBits(BitWidth):
             self.candidates.fill_(bits)
         else:
             self.candidates = self.candidates.new_tensor([bits])
+        self.in_float = bits == FLOAT
+
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        super()._load_from_state_dict(*arguments, **keywords)
+        self.in_float = self.whole() == FLOAT

@@ -179,8 +179,8 @@ class BudgetCost:
         candidates: Mapping[str, Sequence[int]],
         groups: Groups | None = None,
     ) -> None:
-        _check_candidates(cost, candidates)
         self.groups = {site: sizes for site, sizes in (groups or {}).items() if len(sizes) > 1}
+        _check_candidates(cost, candidates, self.groups)
         self.whole, self.cost, self.budget = cost, split(cost, self.groups), budget
         self.candidates = {
             name: tuple(int(b) for b in widths)
@@ -294,7 +294,7 @@ class BudgetCost:
         return self._moved[key]
 
 
-def _check_candidates(cost: CostModel, candidates: Mapping[str, Sequence[int]]) -> None:
+def _check_candidates(cost: CostModel, candidates: Mapping[str, Sequence[int]], groups: Groups) -> None:
     for site, widths in candidates.items():
         if site not in cost.present:
             close = nearest(site, cost.present) or list(cost.present)[:3]
@@ -302,13 +302,20 @@ def _check_candidates(cost: CostModel, candidates: Mapping[str, Sequence[int]]) 
         if (
             not widths
             or len(set(widths)) < len(widths)
-            or any(int(b) != b or not 1 <= b <= 8 for b in widths)
+            or any(b not in (*range(1, 9), FLOAT) for b in widths)
         ):
             raise SiteError(
                 "these are no candidates for a site",
                 where=site,
                 got=repr(list(widths)),
-                expected="different integers from 1 to 8, at least one",
+                expected="different integers from 1 to 8, or 32 for float, at least one",
+            )
+        if site in groups and FLOAT in widths:
+            raise SiteError(
+                "the channels of a weight are all in float or all stored as codes",
+                where=site,
+                got=f"{len(groups[site])} groups and candidates {list(widths)}",
+                remedy="Leave 32 out of its candidates, or take it as one group",
             )
 
 

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from bitsmith.quantization.bits import BitWidth, Width
+from bitsmith.quantization.scheme import FLOAT
 
-MODES = ("sampled", "mixed", "real")
+MODES = ("sampled", "argmax", "mixed", "real")
+ONE = ("sampled", "argmax")  # modes with one row in play
 
 
 class Categorical(BitWidth):
@@ -22,8 +24,9 @@ class Categorical(BitWidth):
 
     mode, what the forward does with it:
         sampled   one row, drawn by `draw` with Gumbel noise; 1 in forward, the logits' gradient in backward
+        argmax    the likeliest row; 1 in forward, in backward p times what `sampled` has: straight-through
         mixed     all rows, weighted by the noisy probabilities
-        real      one grid at the mean width: level bounds and log scale are means over the rows
+        real      one grid at the mean width: level bounds and 1/scale are means over the rows
 
     gain: how many times as fast as a weight a logit moves under an optimizer that normalizes gradients.
     """
@@ -39,7 +42,7 @@ class Categorical(BitWidth):
         count = len(candidates)
         self.logits = nn.Parameter(torch.zeros(count))
         self.register_buffer("candidates", torch.tensor(candidates, dtype=torch.float32))
-        start = [count - 1] if mode == "sampled" else range(count)
+        start = [count - 1] if mode in ONE else range(count)
         self.register_buffer("rows", torch.tensor(list(start)))
         self.register_buffer("temperature", torch.ones(1))
         self.register_buffer("noise", torch.zeros(count))
@@ -61,7 +64,7 @@ class Categorical(BitWidth):
     def share(self) -> Tensor | None:  # type: ignore[override]
         if self._is_decided:
             return None
-        if self.mode != "sampled":
+        if self.mode not in ONE:
             return self.probabilities(noisy=True)
         return _Drawn.apply(self.logits, self.pull, None)
 
@@ -86,11 +89,12 @@ class Categorical(BitWidth):
         """Decide for a candidate: a fixed width from now on."""
         self.rows.fill_(self.candidates.tolist().index(bits))
         self.decided.fill_(1.0)
-        self._is_decided = True
+        self._is_decided, self.in_float = True, bits == FLOAT
 
     def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
         super()._load_from_state_dict(*arguments, **keywords)
         self._is_decided = bool(self.decided)
+        self.in_float = self._is_decided and self.whole() == FLOAT
 
 
 class GroupCategorical(Categorical):
@@ -117,7 +121,7 @@ class GroupCategorical(Categorical):
     def share(self) -> Tensor | None:  # type: ignore[override]
         if self._is_decided:
             return None
-        if self.mode != "sampled":
+        if self.mode not in ONE:
             return self.probabilities(noisy=True).index_select(0, self.group).T
         return _Drawn.apply(self.logits, self.pull, self.group)
 
@@ -138,10 +142,10 @@ class GroupCategorical(Categorical):
         each = [bits] * len(self.group) if isinstance(bits, int) else bits
         self.rows[0] = torch.tensor([candidates.index(b) for b in each], device=self.rows.device)
         self.decided.fill_(1.0)
-        self._is_decided = True
+        self._is_decided, self.in_float = True, bits == FLOAT
 
 
-def scores_of(widths: Sequence[Categorical], temperature: Tensor, padding: Tensor) -> Tensor:
+def scores_of(widths: Sequence[Categorical], temperature: Tensor, padding: Tensor | float) -> Tensor:
     """gain * logits / temperature of all widths and groups, one row each, differentiable; (rows, K) with the
     ``padding`` added: -inf where a row has fewer candidates."""
     logits = [row for width in widths for row in width.logits_by_group()]
@@ -154,21 +158,26 @@ def _padded(rows: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def draw(widths: Sequence[Categorical], noise: Tensor, temperature: Tensor, padding: Tensor) -> None:
+def draw(widths: Sequence[Categorical], noise: Tensor, temperature: Tensor, padding: Tensor | float) -> None:
     """What the next forward uses, from exponential ``noise`` (rows, K): at ``temperature`` the Gumbel noise
     -log(noise), or the candidates drawn with it. All widths at once, so that a step costs few operations
     however many sites there are."""
     for width in widths:
         width.temperature.copy_(temperature)
     counts = [width.noise.numel() // width.noise.shape[-1] for width in widths]
-    if widths[0].mode != "sampled":
+    mode = widths[0].mode
+    if mode not in ONE:
         for width, own in zip(widths, noise.log().neg().split(counts), strict=True):
             width.noise.copy_(own[:, : width.noise.shape[-1]].view(width.noise.shape))
         return
     p = torch.softmax(scores_of(widths, temperature, padding), 1)
-    drawn = (p / noise).argmax(1)  # log p + Gumbel noise is largest where p / noise is
+    drawn = (p / noise if mode == "sampled" else p).argmax(
+        1
+    )  # log p + Gumbel noise is largest where p / noise is
     pull = torch.zeros_like(p).scatter_(1, drawn.unsqueeze(1), 1.0).sub_(p)
     pull.mul_(widths[0].gain / temperature)
+    if mode == "argmax":
+        pull.mul_(p.gather(1, drawn.unsqueeze(1)))
     for width, row, own in zip(widths, drawn.split(counts), pull.split(counts), strict=True):
         width.take(row, own)
 

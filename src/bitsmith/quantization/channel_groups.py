@@ -54,6 +54,7 @@ def _parts(layer: LayerCost, sizes: Sequence[int]) -> list[LayerCost]:
             layer,
             operands=(name, layer.operands[1]),
             activation_elements={} if start else layer.activation_elements,
+            activation_scales={} if start else layer.activation_scales,
             part_of=layer.macs,
             **{
                 count: getattr(layer, count) * stop // sum(sizes)

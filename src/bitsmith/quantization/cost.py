@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from bitsmith.quantization.bits import Width
-from bitsmith.quantization.layers import QuantMatMul
+from bitsmith.quantization.layers import SWAPS_BY_QUANT, QuantMatMul
 from bitsmith.quantization.liveness import Liveness, liveness
-from bitsmith.quantization.prepare import SWAPS_BY_QUANT
 from bitsmith.quantization.quantizer import Quantizer, sites
 from bitsmith.quantization.scheme import FLOAT
 from bitsmith.quantization.target import Target, get_target
@@ -50,14 +49,20 @@ def is_whole(bits: Any) -> bool:
     )
 
 
+def is_float(bits: Any) -> bool:
+    """Whether this is the width of a site in float; an expectation of a search never is."""
+    return isinstance(bits, int | float) and bits == FLOAT
+
+
 @dataclass(frozen=True)
 class LayerCost:
     """One product of two operands, per sample.
 
     operands: the names of its two sites (sites that stay in float have no quantizer and count 32 bits).
     weight_elements, weight_scales, weight_zero_points: 0 for a MatMul, and for a tied weight the second time.
-    activation_elements: site -> elements of the tensor. part_of: the MACs of the whole layer, where this is
-    the part of one group of its output channels (channel_groups).
+    activation_elements: site -> elements of the tensor. activation_scales: site -> scales and zero points
+    that the file has of it, unless it is in float. part_of: the MACs of the whole layer, where this is the
+    part of one group of its output channels (channel_groups).
     """
 
     name: str
@@ -71,6 +76,7 @@ class LayerCost:
     activation_elements: Mapping[str, int]
     weight_shape: tuple[int, ...] = ()
     part_of: int = 0
+    activation_scales: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def layer_macs(self) -> int:
@@ -82,8 +88,8 @@ class LayerCost:
 class CostModel:
     """The cost of a prepared model as a function of the bits of its sites.
 
-    float_macs: multiply-accumulates outside every site; other_bytes: activation scales and zero points, and
-    parameters and buffers that no quantized layer owns, after folding; float_bytes: the float model's; live:
+    float_macs: multiply-accumulates outside every site; other_bytes: parameters and buffers that no quantized
+    layer owns, after folding; float_bytes: the float model's; live:
     which activations exist at the same time.
     """
 
@@ -112,14 +118,19 @@ class CostModel:
         """Bytes of all that the file stores; exact for integers, with codes at bits / 8 for tensors."""
         total: Any = self.other_bytes
         for layer in self.layers:
-            total = total + self.layer_bytes(layer, bits)
+            total = total + self.layer_bytes(layer, bits) + self.range_bytes(layer, bits)
         return total
+
+    def range_bytes(self, layer: LayerCost, bits: Bits) -> int:
+        """Bytes of the scales and zero points of a layer's activations."""
+        counts = layer.activation_scales.items()
+        return FLOAT_BYTES * sum(count for site, count in counts if not is_float(bits.get(site, FLOAT)))
 
     def layer_bytes(self, layer: LayerCost, bits: Bits) -> Any:
         """Bytes of a layer's weight, scales, zero points and bias."""
         width = bits.get(layer.operands[0], FLOAT) if layer.weight_elements else FLOAT
         fixed = FLOAT_BYTES * layer.bias_elements
-        if isinstance(width, int) and width == FLOAT:
+        if is_float(width):
             return fixed + FLOAT_BYTES * layer.weight_elements
         fixed += FLOAT_BYTES * (layer.weight_scales + layer.weight_zero_points)
         if not is_whole(width):
@@ -214,6 +225,7 @@ def measure(model: nn.Module, example: Any, target: str | Target | None = None) 
                 bias,
                 entry.operands,
                 () if isinstance(layer, QuantMatMul) else tuple(layer.weight.shape),
+                activation_scales={s: _stored(quantizers[s]) for s in entry.operands if s in quantizers},
             )
         )
     own = {id(t) for q in quantizers.values() for t in (*q.parameters(), *q.buffers())}
@@ -226,20 +238,20 @@ def measure(model: nn.Module, example: Any, target: str | Target | None = None) 
     # By owner, as an embedding that shares a quantized layer's weight keeps it in float.
     packed = {id(modules[name]) for name in (*found.layers, *found.folds.values())}
     kept = {id(t): t for name, t in plain.items() if id(modules[name.rpartition(".")[0]]) not in packed}
-    other = _bytes(kept)
-    for quantizer in quantizers.values():
-        if quantizer.kind == "activation":  # a dynamic one stores its zero points alone
-            stored = (quantizer.scheme.range != "dynamic") + quantizer.has_zero_point()
-            other += FLOAT_BYTES * quantizer.range.shape[1] * stored
     return CostModel(
         layers=tuple(layers),
         present={name: q.bits.whole() for name, q in quantizers.items()},
         float_macs=found.float_macs,
-        other_bytes=other,
+        other_bytes=_bytes(kept),
         float_bytes=_bytes({id(t): t for t in plain.values()}),
         target=get_target(target if target is not None else getattr(model, "bitsmith_target", "native")),
         live=liveness(model, example, found.folds.values()),
     )
+
+
+def _stored(quantizer: Quantizer) -> int:
+    """Scales and zero points in the file; a dynamic activation has its zero points alone there."""
+    return quantizer.range.shape[1] * ((quantizer.scheme.range != "dynamic") + quantizer.has_zero_point())
 
 
 def _bytes(tensors: Mapping[int, Tensor]) -> int:

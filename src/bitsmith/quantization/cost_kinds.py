@@ -7,11 +7,14 @@ limits on them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from bitsmith.errors import BudgetError, listing
-from bitsmith.quantization.bits import Width
+from bitsmith.quantization.bits import Width, mean_width
 from bitsmith.quantization.cost import CostModel, LayerCost, times
 from bitsmith.quantization.cost_table import CostTable
 from bitsmith.quantization.scheme import FLOAT
@@ -75,7 +78,8 @@ def layer_cost(
     if kind == "bops":
         return times(layer.macs, first) * second
     if kind == "weight_bytes":
-        return cost.layer_bytes(layer, {layer.operands[0]: first})
+        bits = dict(zip(layer.operands, (first, second), strict=True))
+        return cost.layer_bytes(layer, bits) + cost.range_bytes(layer, bits)
     if kind == "average_weight_bits":
         return times(layer.weight_elements, first) / max(sum(x.weight_elements for x in cost.layers), 1)
     if kind == "average_activation_bits":
@@ -95,3 +99,32 @@ def _table(kind: str, table: CostTable | None) -> CostTable:
             raise BudgetError("there is no such kind of cost", got=kind, expected=expected)
         return CostTable.load(kind.removeprefix("table:"))
     return table
+
+
+def average_shares(
+    cost: CostModel, names: Sequence[str], groups: Mapping[str, Sequence[int]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The averages of AVERAGES as linear functions of the widths of ``names`` and their groups, T in all:
+    (shares (2, T), fixed (2,), elements (T,)), so that shares @ b + fixed are the averages."""
+    counts: tuple[dict[str, int], ...] = ({}, {})
+    for layer in cost.layers:
+        counts[0][layer.operands[0]] = counts[0].get(layer.operands[0], 0) + layer.weight_elements
+        for site, number in layer.activation_elements.items():
+            counts[1][site] = counts[1].get(site, 0) + number
+    free = set(names)
+    total = [max(sum(kind.values()), 1) for kind in counts]
+    fixed = [
+        sum(
+            number * mean_width(cost.present.get(site, FLOAT))
+            for site, number in kind.items()
+            if site not in free
+        )
+        for kind in counts
+    ]
+    each = []
+    for name in names:
+        sizes = groups.get(name, (1,))
+        each += [[kind.get(name, 0) * size / sum(sizes) for kind in counts] for size in sizes]
+    elements = torch.tensor(each).T
+    whole = torch.tensor(total, dtype=torch.float32)
+    return elements / whole.unsqueeze(1), torch.tensor(fixed) / whole, elements.sum(0)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bitsmith.quantization.liveness import Liveness
+from bitsmith.quantization.scheme import FLOAT
 
 
 class ExpectedPeak:
@@ -43,19 +44,19 @@ class ExpectedPeak:
         self.readers = torch.tensor([[*r, *[number] * (readers - len(r))] for _, r, _ in free]).view(
             -1, readers
         )
-        floor = torch.tensor([[float(v >= least) for v in values] for *_, least in free])
-        size = torch.tensor([[float(live.tensors[at].bytes_at(v)) for v in values] for at, *_ in free])
+        floor = torch.tensor([[v >= least for v in values] for *_, least in free]).double()
+        size = torch.tensor([[live.tensors[at].bytes_at(v) for v in values] for at, *_ in free]).double()
         self.floor, self.size = floor.view(-1, len(values)), size.view(-1, len(values))
         place = {at: i for i, (at, *_) in enumerate(free)}
-        self.alive = torch.zeros(max(len(live.moments), 1), len(free))
-        self.constant = torch.zeros(len(self.alive))
+        self.alive = torch.zeros(max(len(live.moments), 1), len(free), dtype=torch.float64)
+        self.constant = torch.zeros(len(self.alive), dtype=torch.float64)
         for m, moment in enumerate(live.moments):
             for at in moment:
                 if at in place:
                     self.alive[m, place[at]] = 1
                 else:
                     self.constant[m] += live.tensors[at].bytes_at(
-                        max((fixed.get(s, 32) for s in live.tensors[at].sites), default=32)
+                        max((fixed.get(s, FLOAT) for s in live.tensors[at].sites), default=FLOAT)
                     )
 
     def peak(self, rows: Tensor) -> Tensor:

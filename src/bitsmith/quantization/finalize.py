@@ -81,7 +81,7 @@ def pack_weight(
 ) -> PackedWeight | FloatWeight:
     """Codes and scales of a weight (out, ...); ``factor`` (out,) float64 goes into the scales."""
     weight = weight.detach()
-    if quantizer is None:
+    if quantizer is None or quantizer.bits.in_float:
         return FloatWeight(_times(weight, factor, weight.ndim))
     form, at = form_of(quantizer, tuple(weight.shape)), quantizer.levels()
     codes, scale = quantizer.codes(weight), quantizer.stored_scale(weight)
@@ -92,8 +92,8 @@ def pack_weight(
 
 
 def freeze(quantizer: Quantizer | None) -> FrozenQuantizer | None:
-    """An activation quantizer as plain numbers."""
-    if quantizer is None:
+    """An activation quantizer as plain numbers; None in float."""
+    if quantizer is None or quantizer.bits.in_float:
         return None
     form, at = form_of(quantizer), quantizer.levels()
     zero_point = at.zero_point.clone() if bool(at.zero_point.any()) else None

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from bitsmith.numerics.affine import dequantize, quantize
 from bitsmith.numerics.blocks import Granularity, from_groups, to_groups
+from bitsmith.numerics.calibrate import SMALLEST_STEP
 from bitsmith.numerics.grid import Grid, bounds
 from bitsmith.numerics.pack import pack_runs, unpack_runs
 from bitsmith.quantization.bits import Width, in_words
@@ -176,7 +177,7 @@ class FrozenQuantizer(nn.Module):
                 axes = [a for a in range(v.ndim) if a != self.form.axis % v.ndim]
             case _:
                 axes = list(range(v.ndim))
-        return (v.abs().amax(axes, keepdim=True) / steps).clamp(min=1e-8)
+        return (v.abs().amax(axes, keepdim=True) / steps).clamp(min=SMALLEST_STEP)
 
     def extra_repr(self) -> str:
         return str(self.form)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -100,13 +101,52 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def operand_quantizers(model: nn.Module) -> Iterator[tuple[Quantizer | None, Quantizer | None]]:
-    """The two quantizers of every prepared layer: weight and input, or left and right; None in float."""
-    for layer in model.modules():
-        if isinstance(layer, QuantMatMul):
-            yield layer.left_quantizer, layer.right_quantizer
-        elif isinstance(layer, (QuantLinear, QuantConv1d, QuantConv2d)):
-            yield layer.weight_quantizer, layer.input_quantizer
+SWAPS_BY_QUANT: dict[type[nn.Module], tuple[str, ...]] = dict(SWAPS.values())
+
+
+class SiteOperand(NamedTuple):
+    """One operand of a prepared layer: its site's name, which a tied weight has from its first layer; the
+    quantizer there, None in float."""
+
+    site: str
+    kind: str
+    quantizer: Quantizer | None
+
+    @property
+    def in_float(self) -> bool:
+        """Left in float by its scheme, or decided for 32 bits."""
+        return self.quantizer is None or self.quantizer.bits.in_float
+
+
+def layer_operands(model: nn.Module) -> Iterator[tuple[SiteOperand, SiteOperand]]:
+    """The two operands of every prepared layer: weight and input, or left and right."""
+    owners: dict[int, str] = {}
+    for name, layer in model.named_modules():
+        found = []
+        for operand in _operands(layer):
+            quantizer: Quantizer | None = getattr(layer, f"{operand}_quantizer")
+            site = f"{name}.{operand}" if name else operand
+            if quantizer is not None:
+                site = quantizer.name
+            elif operand == "weight":
+                site = owners.setdefault(id(layer.weight), site)
+            found.append(SiteOperand(site, "weight" if operand == "weight" else "activation", quantizer))
+        if found:
+            yield found[0], found[1]
+
+
+def _operands(layer: nn.Module) -> tuple[str, ...]:
+    return next((names for kind, names in SWAPS_BY_QUANT.items() if isinstance(layer, kind)), ())
+
+
+def drop_float(model: nn.Module) -> None:
+    """Take away the quantizers of sites that are decided for 32 bits: what is left is what ``bits: 32``
+    would have prepared."""
+    for layer in list(model.modules()):
+        for operand in _operands(layer):
+            quantizer: Quantizer | None = getattr(layer, f"{operand}_quantizer")
+            if quantizer is not None and quantizer.bits.in_float:
+                setattr(layer, f"{operand}_quantizer", None)
 
 
 @contextlib.contextmanager

@@ -149,13 +149,16 @@ class _Watch(TorchDispatchMode):
                 self.readers[at].add(module.name)
         self.inside += 1
 
-    def leave(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def leave(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if output is inputs[0]:  # of a site in float: its codes, too, are told apart from what others read
+            output = output.clone()
         self.inside -= 1
         self.index[_key(output)] = self.index.get(_key(inputs[0]))
         if isinstance(module, Quantizer):
             self.coded.add(_key(output))
         else:
             self.coded.discard(_key(output))
+        return output
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))

@@ -88,8 +88,7 @@ def fixed_parts(cost: BudgetCost, kind: str, bits: Mapping[str, Any]) -> list[tu
     free = set(cost.sites)
 
     def width(site: str) -> str:
-        at = bits.get(site, FLOAT)
-        return "float" if at == FLOAT else in_words(at)
+        return in_words(bits.get(site, FLOAT))
 
     if kind == "activation_bytes":
         live, known = cost.cost.live, dict(bits)

@@ -1,4 +1,8 @@
-"""Plan: site -> integer bits. What every method ends in; a JSON file to read, edit and use again."""
+"""Plan: site -> integer bits. What every method ends in; a JSON file to read, edit and use again.
+
+A plan is complete: sites that a scheme leaves in float are in it, with 32 bits, like those that a search
+decided to leave so.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +17,19 @@ from torch import Tensor, nn
 from bitsmith.errors import FormatError, SiteError, listing, nearest
 from bitsmith.files import read_json, write_json
 from bitsmith.quantization.bits import BitWidth, Width, one_or_each
-from bitsmith.quantization.layers import operand_quantizers, weights_of
+from bitsmith.quantization.layers import drop_float, layer_operands, weights_of
 from bitsmith.quantization.quantizer import Quantizer, sites
+from bitsmith.quantization.scheme import FLOAT
 from bitsmith.quantization.target import get_target
 
 VERSION = 1
+NO_SITE = "there is no such site"
 
 
 @dataclass(frozen=True)
 class PlannedSite:
-    """The decision for one site. bits: one width, or one for each output channel of a weight; grid,
-    granularity, group_size: as trained; scale_dtype: as stored."""
+    """The decision for one site. bits: one width, 32 in float, or one for each output channel of a weight;
+    grid, granularity, group_size: as trained; scale_dtype: as stored. In float all but bits is idle."""
 
     kind: str
     bits: Width
@@ -74,13 +80,14 @@ class Plan:
         for name, entry in value["sites"].items():
             bits = entry.get("bits") if isinstance(entry, Mapping) else None
             widths = bits if isinstance(bits, list) else [bits]
-            whole = widths and all(type(b) is int and 1 <= b <= 8 for b in widths)
+            allowed = range(1, 9) if isinstance(bits, list) else (*range(1, 9), FLOAT)
+            whole = widths and all(type(b) is int and b in allowed for b in widths)
             if not whole or entry.get("kind") not in ("weight", "activation"):
                 raise FormatError(
                     "this site of the plan is not valid",
                     where=f"{where}: sites.{name}",
                     got=repr(entry),
-                    expected="kind weight or activation and bits 1 to 8, or a list of such",
+                    expected="kind weight or activation and bits 1 to 8, or a list of such, or 32 for float",
                 )
             if isinstance(bits, list) and (entry["kind"], entry.get("granularity")) != ("weight", "channel"):
                 raise FormatError(
@@ -123,8 +130,15 @@ def plan_of(
     Raises SiteError for a width that is not among a site's candidates.
     """
     quantizers, chosen = sites(model), bits or {}
-    _check_names(chosen, quantizers, "there is no such site")
-    planned = {name: _planned(quantizer, chosen.get(name)) for name, quantizer in quantizers.items()}
+    operands = {operand.site: operand for pair in layer_operands(model) for operand in pair}
+    in_float = [site for site, operand in operands.items() if operand.quantizer is None]
+    _check_names((n for n, b in chosen.items() if b != FLOAT or n not in in_float), quantizers, NO_SITE)
+    planned = {
+        site: PlannedSite(operand.kind, FLOAT)
+        if operand.quantizer is None
+        else _planned(operand.quantizer, chosen.get(site))
+        for site, operand in operands.items()
+    }
     return Plan(planned, getattr(model, "bitsmith_target", "native"), cost or {})
 
 
@@ -148,6 +162,8 @@ def _planned(quantizer: Quantizer, bits: Width | None) -> PlannedSite:
             else torch.tensor([candidates.index(b) for b in bits])
         )
     at, grids = quantizer.levels(row), set(quantizer.grids(row).values())
+    if at.bits == FLOAT:
+        return PlannedSite(quantizer.kind, FLOAT)
     return PlannedSite(
         kind=quantizer.kind,
         bits=at.bits,
@@ -185,7 +201,9 @@ def commit(model: nn.Module, plan: Plan | Mapping[str, int | Sequence[int]]) -> 
     multiply; the model is then as it was.
     """
     given = plan.bits if isinstance(plan, Plan) else plan
-    quantizers = sites(model)
+    quantizers, pairs = sites(model), list(layer_operands(model))
+    in_float = {operand.site for pair in pairs for operand in pair if operand.quantizer is None}
+    given = {name: bits for name, bits in given.items() if bits != FLOAT or name not in in_float}
     _check_names(given, quantizers, "the plan has a site that the model has not")
     missing = [name for name in quantizers if name not in given]
     if missing:
@@ -194,9 +212,10 @@ def commit(model: nn.Module, plan: Plan | Mapping[str, int | Sequence[int]]) -> 
     for name, width in bits.items():
         quantizers[name].check_commit(width)
     target = get_target(getattr(model, "bitsmith_target", "native"))
-    for first, second in operand_quantizers(model):
-        if first is not None and second is not None:  # a float operand is no matter of the target's
-            target.check_pair(first.name, second.name, (bits[first.name], bits[second.name]))
+    for first, second in pairs:
+        target.check_pair(
+            first.site, second.site, (bits.get(first.site, FLOAT), bits.get(second.site, FLOAT))
+        )
     weights = weights_of(model)
     trained = {name: quantizers[name].commit(width, weights.get(name)) for name, width in bits.items()}
     return CommitReport(
@@ -205,8 +224,10 @@ def commit(model: nn.Module, plan: Plan | Mapping[str, int | Sequence[int]]) -> 
 
 
 def collapse(model: nn.Module) -> None:
-    """Drop the rows that are not in play, at every site: after the decision and the last training step, as
-    an optimizer's state does not follow. The model is then the one that its plan prepares."""
+    """Drop the rows that are not in play, at every site, and the quantizers of sites in float: after the
+    decision and the last training step, as an optimizer's state does not follow. The model is then the one
+    that its plan prepares."""
+    drop_float(model)
     for quantizer in sites(model).values():
         quantizer.collapse()
 
@@ -219,7 +240,7 @@ def set_bits(model: nn.Module, widths: Mapping[str, BitWidth]) -> None:
     grid has not.
     """
     quantizers, weights = sites(model), weights_of(model)
-    _check_names(widths, quantizers, "there is no such site")
+    _check_names(widths, quantizers, NO_SITE)
     for name, width in widths.items():
         quantizers[name].set_bits(width, weights.get(name))
 

@@ -17,13 +17,14 @@ from torch import nn
 from bitsmith.errors import SchemeError, SiteError, listing, nearest
 from bitsmith.numerics.blocks import group_count
 from bitsmith.quantization.bits import Width, in_words
-from bitsmith.quantization.layers import SWAPS
+from bitsmith.quantization.layers import SWAPS, SWAPS_BY_QUANT
 from bitsmith.quantization.quantizer import Quantizer, sites
 from bitsmith.quantization.rows import observe_weight
 from bitsmith.quantization.scheme import FLOAT, Scheme
 from bitsmith.quantization.target import Target, get_target
 
 FIRST_LAST_BITS = 8
+IN_FLOAT = "left in float by its scheme or plan"
 
 
 @dataclass(frozen=True)
@@ -281,9 +282,10 @@ def coverage(model: nn.Module) -> Coverage:
         for operand in SWAPS_BY_QUANT.get(type(layer), ()):
             quantizer: Quantizer | None = getattr(layer, f"{operand}_quantizer")
             name = f"{layer_name}.{operand}" if layer_name else operand
-            if quantizer is None and operand != "weight":
-                leftovers.append(Leftover(name, 0, "left in float by its scheme"))
-            if quantizer is None or (operand == "weight" and id(layer.weight) in done):
+            in_float = quantizer is None or quantizer.bits.in_float
+            if in_float and operand != "weight":
+                leftovers.append(Leftover(name, 0, IN_FLOAT))
+            if quantizer is None or in_float or (operand == "weight" and id(layer.weight) in done):
                 continue
             elements = layer.weight.numel() if operand == "weight" else 0
             if operand == "weight":
@@ -315,7 +317,7 @@ def _reason(module: nn.Module, parameter_name: str) -> str:
     if parameter_name == "bias" and type(module) in SWAPS_BY_QUANT:
         return "biases stay in float: added once per output, not multiplied"
     if type(module) in SWAPS_BY_QUANT:
-        return "left in float by its scheme"
+        return IN_FLOAT
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return "BatchNorm, folded into the layer before it at finalize where it can be"
     if "Norm" in kind:
@@ -326,9 +328,6 @@ def _reason(module: nn.Module, parameter_name: str) -> str:
     if isinstance(module, nn.MultiheadAttention):
         return f"no quantized form of {kind}: write it with nn.Linear and bitsmith.MatMul"
     return f"no quantized form of {kind}"
-
-
-SWAPS_BY_QUANT: dict[type[nn.Module], tuple[str, ...]] = dict(SWAPS.values())
 
 
 def parameter_groups(

@@ -3,7 +3,7 @@
 Its state, a row for each candidate width, is rows.Rows; the scale of a row is base_scale * 2^range:
 positive by construction, weight decay pulls it to its calibration, and exp2 is equal eager and compiled.
 The bit-width (quantization.bits) names the rows in play, for the whole tensor or channel by channel;
-nothing here asks which kind of bit-width it is.
+nothing here asks which kind of bit-width it is. Through a site that is decided for 32 bits, x goes as it is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from bitsmith.errors import SiteError
 from bitsmith.numerics import affine, blocks
-from bitsmith.numerics.calibrate import dorefa
+from bitsmith.numerics.calibrate import SMALLEST_STEP, dorefa
+from bitsmith.numerics.mixture import fake_quantize_mixture
 from bitsmith.quantization.bits import FixedBits
 from bitsmith.quantization.rows import Rows
 from bitsmith.quantization.scheme import Scheme
@@ -49,12 +50,13 @@ class Quantizer(Rows):
     # ---- forward
 
     def forward(self, x: Tensor) -> Tensor:
-        """x fake-quantized with the rows in play; float32, shape of x."""
-        scheme = self.scheme
+        """x fake-quantized with the rows in play; float32, shape of x. In float: x itself."""
+        scheme, bits = self.scheme, self.bits
+        if bits.in_float:
+            return x
         if scheme.range == "dorefa" and self.kind == "weight":
             x = dorefa(x)
         v = x if scheme.group_size is None else blocks.to_groups(x, scheme.group_size, self.kind == "weight")
-        bits = self.bits
         rows, share = bits.rows, bits.share
         count = rows.shape[0]
         if share is None:
@@ -64,8 +66,7 @@ class Quantizer(Rows):
         elif count == 1:
             y = self._at(v, rows, share if share.ndim == 1 else share.view(self.view))
         else:
-            shares = share if share.ndim == 1 else share.view(count, *self.view)
-            y = sum(shares[i] * self._at(v, rows[i : i + 1]) for i in range(count))  # type: ignore[assignment]
+            y = self._mixed(v, rows, share)
         if scheme.group_size is not None:
             return blocks.from_groups(y, x, self.kind == "weight")
         return y if y.ndim == x.ndim else y.view(x.shape)  # (features,) without a batch met a (1, 1) scale
@@ -73,27 +74,19 @@ class Quantizer(Rows):
     def _at(self, v: Tensor, row: Tensor, share: Tensor | None = None) -> Tensor:
         """v at the width of one row, given as a (1,) index, or of one per channel, (1, C); share: of a row
         that was drawn."""
-        low, high, half, scheme = self.low, self.high, self.half_step, self.scheme
+        scheme = self.scheme
+        base_scale, low, high, half = self.base_scale, self.low, self.high, self.half_step
         shift: Tensor | None = self.zero_shift
-        base_scale: Tensor = self.base_scale
         exponent: Tensor | None = self.range
-        if low.shape[0] > 1 and row.ndim > 1:
-            low, high = low.gather(0, row), high.gather(0, row)
-            base_scale, exponent = base_scale.gather(0, row), self.range.gather(0, row)
-            half = None if half is None else half.expand(-1, row.shape[1]).gather(0, row)
-        elif low.shape[0] > 1:  # a row is data, so that one compiled graph serves every width
-            low, high = low.index_select(0, row), high.index_select(0, row)
-            base_scale, exponent = base_scale.index_select(0, row), self.range.index_select(0, row)
-            half = None if half is None else half.index_select(0, row)
-            shift = None if shift is None else shift.index_select(0, row)
+        if low.shape[0] > 1:
+            base_scale, exponent, low, high, half, shift = self._of(row)
         if half is not None and half.shape[1] > 1:
             half = half.view(self.view)
         if scheme.range == "dynamic" or (scheme.range == "dorefa" and self.kind == "weight"):
             base_scale, low, high = self._dynamic(v, low, high, half)
             exponent = None
         elif self.view != (1,):
-            assert exponent is not None
-            base_scale, exponent = base_scale.view(self.view), exponent.view(self.view)
+            base_scale, exponent = base_scale.view(self.view), exponent.view(self.view)  # type: ignore[union-attr]
             low, high = low.view(self.view), high.view(self.view)
         return affine.fake_quantize(
             v,
@@ -110,9 +103,51 @@ class Quantizer(Rows):
             share=share,
         )
 
+    def _of(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """base_scale, range, low, high, half_step and zero_shift of these rows, (R,) or (R, C): (R, C)."""
+        low, high, half = self.low, self.high, self.half_step
+        shift: Tensor | None = self.zero_shift
+        if rows.ndim > 1:
+            half = None if half is None else half.expand(-1, rows.shape[1]).gather(0, rows)
+            low, high = low.gather(0, rows), high.gather(0, rows)
+            return self.base_scale.gather(0, rows), self.range.gather(0, rows), low, high, half, shift
+        # a row is data, so that one compiled graph serves every width
+        low, high = low.index_select(0, rows), high.index_select(0, rows)
+        half = None if half is None else half.index_select(0, rows)
+        shift = None if shift is None else shift.index_select(0, rows)
+        base_scale, exponent = self.base_scale.index_select(0, rows), self.range.index_select(0, rows)
+        return base_scale, exponent, low, high, half, shift
+
+    def _mixed(self, v: Tensor, rows: Tensor, share: Tensor) -> Tensor:
+        """The sum of v at the widths of the rows, each times its share."""
+        scheme, count = self.scheme, rows.shape[0]
+        shares = share.view(count, *(self.view if share.ndim > 1 else (1,)))
+        plain = scheme.estimator == "clipped" and scheme.range in ("lsq", "static", "pact")
+        if not plain:
+            parts = [shares[i] * self._at(v, rows[i : i + 1]) for i in range(count)]
+            return torch.stack(parts).sum(0)
+        base_scale, exponent, low, high, half, _ = self._of(rows)
+        assert exponent is not None
+        if half is not None:
+            half = half.view(count, *(self.view if half.shape[1] > 1 else (1,)))
+        base_scale, exponent, low, high = (
+            t.view(count, *self.view) for t in (base_scale, exponent, low, high)
+        )
+        return fake_quantize_mixture(
+            v,
+            shares,
+            base_scale,
+            exponent,
+            low,
+            high,
+            half,
+            clip_only=scheme.range == "pact",
+            count=max((v[0].numel() if self.kind == "activation" else v.numel()) // self.range.shape[1], 1),
+        )
+
     def _between(self, v: Tensor, rows: Tensor, share: Tensor) -> Tensor:
-        """v on one grid between the rows: level bounds and log scale are the shares' mean. In plain autograd,
-        as bounds and scale both carry the shares' gradient."""
+        """v on one grid between the rows: level bounds and steps per unit are the shares' mean. In plain
+        autograd, as bounds and scale both carry the shares' gradient."""
         weights = share if share.ndim > 1 else share.view(-1, 1)
 
         def shared(of: Tensor) -> Tensor:
@@ -120,7 +155,7 @@ class Quantizer(Rows):
             return weights * own
 
         low, high = (shared(b).sum(0).view(self.view) for b in (self.low, self.high))
-        scale = torch.exp2(shared(self.base_scale.log2() + self.range).sum(0)).view(self.view)
+        scale = 1 / shared(torch.exp2(-self.range) / self.base_scale).sum(0).view(self.view)
         half: Tensor | float = 0.0
         if self.half_step is not None:
             half = shared(self.half_step)
@@ -141,14 +176,13 @@ class Quantizer(Rows):
         top = v.detach().abs().amax(axes, keepdim=True).float()
         low, high = low.view(self.view), high.view(self.view)
         steps = high if half is None else high + half
-        return (top / steps).clamp(min=1e-8), low, high
+        return (top / steps).clamp(min=SMALLEST_STEP), low, high
 
     @torch.no_grad()
     def at_row(self, x: Tensor, row: int) -> Tensor:
         """x as it is with another row in play."""
-        bits = self.bits
-        candidates = bits.candidates.int().tolist()
-        self.bits = FixedBits(candidates[row], candidates if len(candidates) > 1 else None).to(x.device)
+        bits, count = self.bits, len(self.bits.candidates)
+        self.bits = FixedBits(row + 1, range(1, count + 1) if count > 1 else None).to(x.device)
         try:
             return self.forward(x)
         finally:

@@ -14,7 +14,7 @@ why `zero_point` is a buffer that only export reads.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,26 +23,11 @@ from bitsmith.errors import SchemeError, SiteError, listing
 from bitsmith.numerics import blocks
 from bitsmith.numerics.calibrate import activation_grid, dorefa
 from bitsmith.numerics.calibrate import calibrate as calibrate_values
-from bitsmith.numerics.grid import bounds
 from bitsmith.quantization.bits import BitWidth, FixedBits, Width, in_words, one_or_each
-from bitsmith.quantization.scheme import Scheme
+from bitsmith.quantization.levels import STAND_IN_HIGH, STAND_IN_STEP, Levels, bounds, grid_name
+from bitsmith.quantization.scheme import FLOAT, Scheme
 
 BUFFERS = ("base_scale", "zero_point", "low", "high", "half_step")
-
-
-class Levels(NamedTuple):
-    """The row in play, ready to be stored: tensors broadcast against the blocks of x.
-
-    A stored code c (low <= c <= high, integer) has the value scale * (c - zero_point + half). Where
-    channels have widths of their own, low, high and half are tensors.
-    """
-
-    bits: Width
-    scale: Tensor
-    zero_point: Tensor
-    low: Any
-    high: Any
-    half: Any
 
 
 class Rows(nn.Module):
@@ -99,11 +84,12 @@ class Rows(nn.Module):
             for width, at in self._parts(row):
                 self._set_bounds(row, self.grid_at(width), width, at=at)
 
-    def _parts(self, row: int) -> list[tuple[int, Any]]:
+    def _parts(self, row: int) -> list[tuple[Any, Any]]:
         """(width, index of the channels that have it) of a row, ascending."""
         widths = self.bits.candidates[row]
         if widths.ndim == 0:
-            return [(int(widths), slice(None))]
+            only = widths.item()
+            return [(int(only) if only == int(only) else only, slice(None))]
         return [(int(width), (widths == width).nonzero().flatten()) for width in widths.unique()]
 
     # ---- what is stored
@@ -140,7 +126,7 @@ class Rows(nn.Module):
         candidates = self.bits.candidates
         return self._in_play(candidates if candidates.ndim > 1 else candidates.unsqueeze(1), row).squeeze(0)
 
-    def grid_at(self, bits: int) -> str:
+    def grid_at(self, bits: float) -> str:
         """The grid that `auto` means at this width; activations are `unsigned` or not by calibration."""
         if self.scheme.range == "dorefa" and self.kind == "weight":
             return "seq"
@@ -157,10 +143,10 @@ class Rows(nn.Module):
         width."""
         at = self.levels(row)
         if isinstance(at.bits, int):
-            return {at.bits: _grid_name(at.low, at.high, at.half, at.zero_point)}
+            return {at.bits: grid_name(at.low, at.high, at.half, at.zero_point)}
         first = {bits: at.bits.index(bits) for bits in sorted(set(at.bits))}
         return {
-            bits: _grid_name(at.low[c], at.high[c], at.half[c], at.zero_point) for bits, c in first.items()
+            bits: grid_name(at.low[c], at.high[c], at.half[c], at.zero_point) for bits, c in first.items()
         }
 
     def grid_name(self, row: int | Tensor | None = None) -> str:
@@ -170,16 +156,14 @@ class Rows(nn.Module):
         return names.pop() if len(names) == 1 else "auto"
 
     def _set_bounds(
-        self, row: int, grid: str, bits: int, zero_point: Tensor | float = 0.0, at: Any = slice(None)
+        self, row: int, grid: str, bits: float, zero_point: Tensor | float = 0.0, at: Any = slice(None)
     ) -> None:
-        low, high, half = bounds(grid, bits)  # type: ignore[arg-type]
-        if grid == "symmetric" and bits == 1:
-            low, high = 0, 1  # an activation of one bit is on or off: {-1, 0} would hold negatives only
+        low, high, half = bounds(grid, bits)
         with torch.no_grad():
             self.zero_point[row, at] = zero_point
             self.low[row, at], self.high[row, at] = (
-                low - self.zero_point[row, at],
-                high - self.zero_point[row, at],
+                float(low) - self.zero_point[row, at],
+                float(high) - self.zero_point[row, at],
             )
             if half and self.half_step is None:  # no other row of this site has one
                 each = self.bits.candidates.ndim > 1
@@ -206,15 +190,17 @@ class Rows(nn.Module):
 
     def _calibrate(self, row: int, width: int, at: Any, values: Tensor, low: float, high: float) -> None:
         """Of one row the channels ``at``, which share a width."""
+        if width == FLOAT:
+            self._set_bounds(row, "symmetric", width)
+            self.base_scale[row] = STAND_IN_STEP
+            return
         scheme = self.scheme
         grid = self.grid_at(width)
         if self.kind == "activation" and scheme.grid == "auto":
             grid = activation_grid(low, high)
             if grid == "asymmetric" and (scheme.range == "dynamic" or scheme.calibration == "lsq"):
                 grid = "symmetric"  # these two have a rule for the scale alone
-        lowest, highest, half = bounds(grid, width)  # type: ignore[arg-type]
-        if grid == "symmetric" and width == 1:
-            lowest, highest = 0, 1
+        lowest, highest, half = bounds(grid, width)
         if scheme.calibration == "lsq":
             scale = 2 * values.abs().mean(1) / max(highest, 0.5) ** 0.5
             zero_point = torch.zeros_like(scale)
@@ -250,6 +236,8 @@ class Rows(nn.Module):
             )
         for width in bits.candidates.int().unique().tolist():
             self.check_width(width)
+        if len(bits.candidates) > 1 and FLOAT in bits.candidates:
+            self._check_stand_in()
         if bits.per_channel:
             self._check_each((bits.rows if bits.rows.ndim > 1 else bits.candidates).shape[1])
         self._make_rows(bits.to(self.range.device), self.range.shape[1])
@@ -260,8 +248,24 @@ class Rows(nn.Module):
         """Raise SchemeError where the site's grid has no such width, or the site no widths per channel."""
         if isinstance(bits, tuple):
             self._check_each(len(bits))
-        if self.scheme.replace(self.name, bits=bits).is_float:
-            raise SchemeError("a site has no float width", where=f"{self.name}.bits", expected="1 to 8")
+        self.scheme.replace(self.name, bits=bits)
+
+    def _check_stand_in(self) -> None:
+        """Raise SchemeError where a row of 32 bits would not compute what the site in float does."""
+        squashed = self.scheme.range == "dorefa" and self.kind == "weight"
+        if squashed or self.scheme.estimator == "smooth":
+            field = "range" if squashed else "estimator"
+            raise SchemeError(
+                "32 bits cannot be one candidate among others here: "
+                + (
+                    "tanh shapes these weights"
+                    if squashed
+                    else "values on the grid get a seventh of the gradient"
+                ),
+                where=f"{self.name}.{field}",
+                got=getattr(self.scheme, field),
+                remedy=f"Choose another {field}, leave 32 out of the candidates, or override the site's bits",
+            )
 
     def check_commit(self, bits: Width) -> None:
         """What `check_width` raises, and SiteError where the rows hold no such widths per channel."""
@@ -304,10 +308,15 @@ class Rows(nn.Module):
     def commit(self, bits: int | Sequence[int], x: Tensor | None = None) -> bool:
         """Fix the width, or one width per channel. Where no row has it, the nearest row is made over:
         weights (x) calibrate anew, activations stretch their step to the same range. Returns whether the
-        width was a trained one. Raises SchemeError where the grid has no such width, SiteError where
-        channels cannot choose among the rows."""
+        width was a trained one, as which float counts. Raises SchemeError where the grid has no such width,
+        SiteError where channels cannot choose among the rows."""
         self.check_commit(bits if isinstance(bits, int) else tuple(bits))
         bits, mixed = one_or_each(bits), self.bits.candidates.ndim > 1
+        if bits == FLOAT:  # nothing is rounded; the levels of a row made over stay, for a way back
+            if not mixed and FLOAT not in self.bits.candidates:
+                self.bits.candidates[-1] = FLOAT
+            self.bits.commit(FLOAT)
+            return True
         if isinstance(bits, tuple) and len(self.bits.candidates) > 1:
             self.bits.commit(bits)
             return True
@@ -330,12 +339,31 @@ class Rows(nn.Module):
         if x is not None:
             self.calibrate(*observe_weight(self, x), row)
         else:
-            old, new = before.high - before.low, bounds(grid, bits)[1] - bounds(grid, bits)[0]  # type: ignore[arg-type]
+            low, high, _ = bounds(grid, bits)
+            old, new = float(before.high - before.low), float(high - low)
             if self.zero_shift is not None:
                 self.zero_shift[row] = 0  # it is in before.zero_point
             self._set_bounds(row, grid, bits, (before.zero_point.view(-1) * new / old).round())
-            self.base_scale[row] *= old / new
+            # A stand-in knows no range: what `check_calibrated` then refuses.
+            self.base_scale[row] *= old / new if before.high < STAND_IN_HIGH else torch.nan
         return False
+
+    @torch.no_grad()
+    def hand_over(self, source: int, row: int, *, keep_range: bool) -> None:
+        """Give ``row`` what training found for the scale of ``source``: the factor on its calibration, or,
+        with ``keep_range``, the range itself: its scale is then that of ``source`` times the ratio of their
+        highest levels."""
+        self.range[row] = self.range[source]
+        if self.zero_shift is not None:
+            self.zero_shift[row] = self.zero_shift[source] * self._steps(row) / self._steps(source)
+        if keep_range:
+            self.base_scale[row] = self.base_scale[source] * self._steps(source) / self._steps(row)
+
+    def _steps(self, row: int) -> Tensor:
+        """How many steps reach from zero, or from the lowest level, to the highest one."""
+        half = 0 if self.half_step is None else self.half_step[row]
+        above = self.high[row] + half
+        return torch.where(self.low[row] < 0, above, above - self.low[row])
 
     @torch.no_grad()
     def collapse(self) -> None:
@@ -351,15 +379,6 @@ class Rows(nn.Module):
             setattr(self, name, nn.Parameter(tensor, old.requires_grad) if name not in BUFFERS else tensor)
         if self.half_step is not None and not bool(self.half_step.any()):
             self.half_step = None
-
-
-def _grid_name(low: Any, high: Any, half: Any, zero_point: Tensor) -> str:
-    """The name of a grid of codes ``low`` .. ``high``; zero_point: of all channels."""
-    if half:
-        return "seq"
-    if low < 0:
-        return "symmetric" if -low > high else "balanced"
-    return "asymmetric" if bool(zero_point.any()) else "unsigned"
 
 
 def observe_weight(quantizer: Rows, weight: Tensor) -> tuple[Tensor, float, float]:

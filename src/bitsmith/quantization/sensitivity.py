@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitsmith.quantization.layers import in_eval_mode
-from bitsmith.quantization.prepare import SWAPS_BY_QUANT
+from bitsmith.quantization.layers import SWAPS_BY_QUANT, in_eval_mode
 from bitsmith.quantization.quantizer import Quantizer
+from bitsmith.quantization.scheme import FLOAT
 
 
 def sensitivity(
@@ -58,7 +58,7 @@ ADAPTED = 0.3  # share of a weight's score
 
 def after_training(scores: Mapping[str, Tensor], weights: Collection[str]) -> dict[str, Tensor]:
     """``scores`` (site -> (K,), or of each channel (K, C)) made fit to choose widths for a model that will
-    be trained; no longer losses.
+    be trained; no longer losses. A score of 0, as that of 32 bits, stays so and is no part of a site's level.
 
     A score is the loss of a model that is rounded and left so. Training takes away most where most was lost:
     the levels of the sites (geometric means over their widths) move towards one another. And it moves
@@ -68,8 +68,8 @@ def after_training(scores: Mapping[str, Tensor], weights: Collection[str]) -> di
     for name, row in scores.items():
         least = torch.finfo(row.dtype).tiny
         logs, whole = row.clamp(min=least).log(), row if row.ndim == 1 else row.sum(1)
-        level = whole.clamp(min=least).log().mean()
-        fit[name] = torch.exp(logs - (1 - EVENED) * level) * (ADAPTED if name in weights else 1.0)
+        level = whole[whole > 0].log().mean() if bool(whole.any()) else whole.new_zeros(())
+        fit[name] = torch.exp(logs - (1 - EVENED) * level) * (row > 0) * (ADAPTED if name in weights else 1.0)
     return fit
 
 
@@ -103,9 +103,11 @@ def _add_scores(
         if quantizer is None:
             continue
         errors = []
-        for row in range(len(quantizer.bits.candidates)):
-            with without_quantizers([layer]):
-                changed = _output_at(layer, operand, quantizer, row, inputs)
+        for row, width in enumerate(quantizer.bits.candidates.tolist()):
+            changed = y  # in float, by definition
+            if width != FLOAT:
+                with without_quantizers([layer]):
+                    changed = _output_at(layer, operand, quantizer, row, inputs)
             squares = (g * (changed - y)).square()
             if quantizer.bits.per_channel:
                 axis = squares.ndim - 1 if isinstance(layer, nn.Linear) else 1

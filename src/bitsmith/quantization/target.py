@@ -32,8 +32,9 @@ class Target:
     channel_widths         where the output channels of one weight have widths of their own: "own", each
                            channel is stored at its width; "widest", all in the container of the widest;
                            "none", refused
-    pairs                  (weight, activation) widths that it can multiply; None: all. A float operand is no
-                           matter of the target's
+    pairs                  (weight, activation) widths that it can multiply; None: all. 32 stands for float;
+                           where no pair names it, a product with an operand in float is no matter of the
+                           target's, and no search leaves a site in float for it
     shared                 sites that must have one width (cost_table.shared_from)
     latency, energy        what a layer costs there, for budgets that name the table "latency" or "energy"
     """
@@ -54,7 +55,14 @@ class Target:
     def multiplies(self, first: int | Sequence[int], second: int) -> bool:
         """Whether it has a product of operands of these widths (of a MatMul, left and right)."""
         widths = [first] if isinstance(first, int) else set(first)
-        return self.pairs is None or all(FLOAT in (b, second) or (b, second) in self.pairs for b in widths)
+        return self.pairs is None or all(
+            (b, second) in self.pairs or (FLOAT in (b, second) and not self.has_float) for b in widths
+        )
+
+    @property
+    def has_float(self) -> bool:
+        """Whether it has products with operands in float."""
+        return self.pairs is None or any(FLOAT in pair for pair in self.pairs)
 
     def weight_bits(self, elements: int, bits: int | Sequence[int]) -> int:
         """Bits that the codes of a weight of ``elements`` take in the file at ``bits``, one or one per
@@ -285,6 +293,6 @@ def _pairs(value: Any) -> tuple[tuple[int, int], ...] | None:
     if not isinstance(value, list) or not value:
         return None
     for pair in value:
-        if not isinstance(pair, list) or len(pair) != 2 or any(b not in range(1, 9) for b in pair):
+        if not isinstance(pair, list) or len(pair) != 2 or any(b not in (*range(1, 9), FLOAT) for b in pair):
             return None
     return tuple((int(w), int(a)) for w, a in value)

@@ -141,7 +141,8 @@ def _can_fold(layer: Any, norm: Any, weight_uses: Counter[int]) -> bool:
     """Whether gamma / sigma, one factor per output channel, can go into scales that are the layer's own."""
     if not isinstance(layer, WITH_WEIGHTS) or weight_uses[id(layer.weight)] > 1 or norm.running_var is None:
         return False
-    return layer.weight_quantizer is None or layer.weight_quantizer.scheme.granularity != "tensor"
+    quantizer = layer.weight_quantizer
+    return quantizer is None or quantizer.bits.in_float or quantizer.scheme.granularity != "tensor"
 
 
 class _Consumers(TorchDispatchMode):

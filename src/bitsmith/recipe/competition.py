@@ -19,7 +19,7 @@ from torch import nn
 from bitsmith.methods import Method
 from bitsmith.quantization import commit, sites
 from bitsmith.quantization.allocate import uniform_plan
-from bitsmith.quantization.bits import Width
+from bitsmith.quantization.bits import Width, in_words
 from bitsmith.quantization.budget import BudgetCost
 from bitsmith.quantization.cost_table import CostTable
 from bitsmith.quantization.sensitivity import after_training, sensitivity
@@ -114,6 +114,6 @@ def budget_entries(search: Any, bits: Mapping[str, Width]) -> list[dict[str, Any
 
 
 def describe_uniform(bits: Mapping[str, Width], search: Any) -> str:
-    """The width of a uniform plan in words, such as "3 x 3"."""
-    widths = sorted({str(bits[name]) for name in search.widths})
+    """The width of a uniform plan in words, such as "3 x 3" or "float x float"."""
+    widths = sorted({in_words(bits[name]) for name in search.widths})
     return " or ".join(f"{b} x {b}" for b in widths)

@@ -24,6 +24,7 @@ from bitsmith.files import write_atomic, write_json
 from bitsmith.quantization import CostModel, CostTable, measure, plan_of
 from bitsmith.quantization.cost_kinds import used
 from bitsmith.quantization.finalize import finalize
+from bitsmith.quantization.prepare import coverage
 from bitsmith.recipe.competition import Outcome
 from bitsmith.recipe.environment import environment
 from bitsmith.recipe.progress import Event, Progress
@@ -55,6 +56,7 @@ def deliver(
     """
     example = data.example()
     tell(Event("export", 0))
+    write_json(out / "coverage.json", coverage(trained).to_dict())  # a search may leave sites in float
     counted = measure(trained, example)
     cost = counted.report() | estimates(counted, outcome.tables if outcome else ())
     plan = plan_of(trained, cost)

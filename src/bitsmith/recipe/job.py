@@ -119,10 +119,11 @@ def _run(
     facts = train_quantized("qat", recipe, model, methods, float_model, data, out, tell)
     history["qat"], seconds["qat"] = facts["history"], facts["seconds"]
     history["traces"] = facts.get("traces", [])  # not in stages of before they were kept
+    learned = {"learned_bits": facts["learned_bits"]} if facts.get("learned_bits") else {}
     outcome = None
     if search is not None:
         model, outcome = compete(recipe, search, float_model, model, data, out, history, seconds, tell)
-    write_json(out / "history.json", {"version": 1, **history})
+    write_json(out / "history.json", {"version": 1, **history, **learned})
     return deliver(recipe, out, data, float_model, model, post_training, outcome, seconds, tell)
 
 
@@ -265,6 +266,7 @@ def train_quantized(
         facts = _train(stage, model, data, recipe.train, out, tell, methods=methods, teacher=teacher)
         plans = [plan for method in methods if (plan := method.plan()) is not None]
         facts["bits"] = plans[0].bits if plans else None
+        facts["learned_bits"] = {site: b for m in methods for site, b in m.learned_bits().items()}
     if facts["bits"] is not None:
         commit(model, facts["bits"])
         collapse(model)

@@ -17,9 +17,11 @@ from torch import Tensor
 from bitsmith.errors import RecipeError, listing, nearest
 from bitsmith.methods.method import Method
 
-METHODS: dict[str, str] = {
-    "budget_search": "budget_search.BudgetSearch"
-}  # recipe key -> "file.Class" in bitsmith.methods
+METHODS: dict[str, str] = {  # recipe key -> "file.Class" in bitsmith.methods
+    "budget_search": "budget_search.BudgetSearch",
+    "fractional_bits": "fractional_bits.FractionalBits",
+    "progressive_bits": "progressive_bits.ProgressiveBits",
+}
 
 
 def method_class(name: str) -> Callable[..., Method]:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from bitsmith.quantization import measure, plan_of
+from bitsmith.quantization.prepare import coverage
 from bitsmith.recipe import competition
 from bitsmith.recipe.job import quantize, read_inputs
 from bitsmith.recipe.schema import Recipe
@@ -40,10 +41,11 @@ def _predict(recipe: Recipe, data: Data, model: nn.Module) -> dict[str, Any]:
     seconds = {"float": 0.0}
     if recipe.float_train is not None:
         seconds["float"] = _seconds(copy.deepcopy(model), data, recipe.float_train)
-    coverage, methods = quantize(recipe, model, data)
+    covered, methods = quantize(recipe, model, data)
     search = competition.searcher(methods)
     if search is not None:  # shown is the plan that it starts from
         competition.start(search, model, data, recipe.train.seed)
+        covered = coverage(competition.nearest_rounding(search, model))
     plan = plan_of(model) if search is None else search.plan()
     cost = measure(model, data.example()).report(plan.bits)
     seconds["qat"] = _seconds(model, data, recipe.train, methods=methods, teacher=teacher)
@@ -61,9 +63,9 @@ def _predict(recipe: Recipe, data: Data, model: nn.Module) -> dict[str, Any]:
         "target": recipe.target,
         "searches": search is not None,
         "sites": [{"name": name, **site} for name, site in plan.to_dict()["sites"].items()],
-        "leftovers": coverage.to_dict()["leftovers"],
-        "parameters": coverage.parameters,
-        "quantized_share": coverage.quantized_share,
+        "leftovers": covered.to_dict()["leftovers"],
+        "parameters": covered.parameters,
+        "quantized_share": covered.quantized_share,
         "cost": cost,
         "steps": {"float": _steps(data, recipe.float_train), "qat": _steps(data, recipe.train)},
         "time": {**seconds, "total": sum(seconds.values())},

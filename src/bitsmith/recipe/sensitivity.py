@@ -26,8 +26,9 @@ from bitsmith.quantization import FixedBits, Plan, calibrate, measure, plan_of, 
 from bitsmith.quantization.allocate import allocate
 from bitsmith.quantization.bits import in_words
 from bitsmith.quantization.budget import Budget, BudgetCost
+from bitsmith.quantization.candidates import free_sites, site_candidates
 from bitsmith.quantization.knapsack import classes_of
-from bitsmith.quantization.prepare import SWAPS_BY_QUANT
+from bitsmith.quantization.layers import SWAPS_BY_QUANT
 from bitsmith.quantization.sensitivity import after_training, sensitivity, without_quantizers
 from bitsmith.recipe.baseline import float_model, open_baseline
 from bitsmith.recipe.job import prepare_sites, read_inputs
@@ -115,8 +116,6 @@ class Sites:
     """
 
     def __init__(self, recipe: Recipe, model: nn.Module, data: Data, budget: Budget | None) -> None:
-        from bitsmith.methods.budget_search import free_sites, site_candidates
-
         options = search_options(recipe) or {}
         plan = Plan.load(recipe.plan) if recipe.plan is not None else None
         # With a budget these widths are only where the plan starts from.
@@ -135,14 +134,17 @@ class Sites:
         widths = list(options.get("candidates", CANDIDATES))
         pinned = {name for name, q in quantizers.items() if q.pinned}
         self.free = (
-            free_sites(model, options.get("sites")) if len(pinned) < len(quantizers) else list(quantizers)
+            free_sites(model, options.get("sites"), "budget_search")
+            if len(pinned) < len(quantizers)
+            else list(quantizers)
         )
         found = site_candidates(model, self.free, widths)
         for name, own in self.own.items():
             if name not in self.free or budget is None:
                 found[name] = sorted({own, *site_candidates(model, [name], [*widths, own])[name]})
         self.candidates = {name: found[name] for name in quantizers}
-        set_bits(model, {name: FixedBits(c[-1], c) for name, c in self.candidates.items()})
+        # At the narrowest: costs are counted of quantized sites, where folding a BatchNorm may ask for more.
+        set_bits(model, {name: FixedBits(c[0], c) for name, c in self.candidates.items()})
         self.budget = budget
         fixed = {name: [b] for name, b in self.own.items()}
         free = {name: self.candidates[name] for name in self.free}

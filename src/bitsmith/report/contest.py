@@ -54,6 +54,8 @@ def uniform_name(run: Run) -> str:
     shown = bits.replace(" x ", f"{words.SPACE}{words.TIMES}{words.SPACE}")
     if re.fullmatch(r"\d+ x \d+", bits):
         return f"uniform {shown}-bit plan"
+    if bits == "float x float":
+        return "uniform plan in float"
     return f"uniform plan ({shown} bits)" if bits else "uniform plan"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bitsmith.files import write_atomic
-from bitsmith.report import behaviour, contest, hardware, outcome, page, record, search, words
+from bitsmith.report import behaviour, contest, fractional, hardware, outcome, page, record, search, words
 from bitsmith.report.metrics import Run, read_run
 
 FEW = 10  # misread images that leave room beside a confusion matrix
@@ -46,6 +46,9 @@ def render(run: Run) -> str:
             (outcome.layers(run),),
             (search.savings(run),),
             (search.traces(run),),
+            (fractional.card(run),),
+            (fractional.channels(run),),
+            (fractional.curriculum(run),),
             (hardware.card(run),),
             (behaviour.traces(run),),
             *_proofs(run),
@@ -55,7 +58,7 @@ def render(run: Run) -> str:
         "Made by Bitsmith from the files in this run directory; works offline. "
         "Bytes are decimal (1 kB = 1,000 B). Accuracies are of the test set unless they say validation."
     )
-    return page.document(f"{title} · {run.name}", header, body, footer)
+    return page.document(f"{title} · {run.name}", header, body, footer, fractional.style(run))
 
 
 def _proofs(run: Run) -> tuple[tuple[str, ...], ...]:

@@ -23,6 +23,7 @@ from bitsmith.report.certificate import Certified, is_number, read_certificate
 
 VERSION = 1
 FLOAT_BITS = 32
+APART = ("version", "traces", "learned_bits")  # in history.json, and no trainings
 EXPORTED_FILES = {"native": "model/model.safetensors", "onnx": "model.onnx", "gguf": "model.gguf"}
 
 
@@ -73,6 +74,7 @@ class Run:
     coverage: Mapping[str, Any] = field(default_factory=dict)
     history: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     traces: Sequence[Mapping[str, Any]] = ()  # of the methods, over the steps
+    learned_bits: Mapping[str, Sequence[float]] = field(default_factory=dict)  # site -> real, of its groups
     layers: tuple[Layer, ...] = ()
     certified: tuple[Certified, ...] = ()
     not_checked: tuple[str, ...] = ()
@@ -129,12 +131,13 @@ def read_run(directory: str | Path) -> Run:
     _check_objects(directory / "certificate.json", "exports", (certificate.get("exports") or {}), dict)
     history = _optional(directory / "history.json", "training history")
     for phase, entries in history.items():
-        if phase != "version" and not (
+        if phase not in ("version", "learned_bits") and not (
             isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)
         ):
             raise FormatError(
                 f"the trace of {phase} is not a list of objects", where=str(directory / "history.json")
             )
+    _check_learned(directory / "history.json", history.get("learned_bits", {}))
     recipe = directory / "recipe.yaml"
     sizes = {
         path: (directory / path).stat().st_size
@@ -147,8 +150,9 @@ def read_run(directory: str | Path) -> Run:
         metrics=metrics,
         plan=plan,
         coverage=coverage,
-        history={phase: entries for phase, entries in history.items() if phase not in ("version", "traces")},
+        history={phase: entries for phase, entries in history.items() if phase not in APART},
         traces=history.get("traces") or (),
+        learned_bits=history.get("learned_bits", {}),
         layers=_layers(metrics, plan),
         certified=read_certificate(certificate),
         not_checked=tuple(str(item) for item in certificate.get("not_checked") or ()),
@@ -195,6 +199,22 @@ def _check_objects(path: Path, key: str, value: Any, kind: type[dict[str, Any]] 
             where=str(path),
             remedy="The file is corrupted or not one of ours: delete it, or run again",
         )
+
+
+def _check_learned(path: Path, learned: Any) -> None:
+    if not isinstance(learned, dict):
+        raise FormatError("learned_bits is not an object of sites", where=str(path), got=learned)
+    for site, each in learned.items():
+        known = isinstance(each, list) and each
+        # float32 may leave an end by its last digit
+        wrong = [b for b in each if not (is_number(b) and 0.999 <= b <= 8.001)] if known else [each]
+        if wrong:
+            raise FormatError(
+                f"learned_bits of {site} are no list of widths",
+                where=str(path),
+                got=wrong[0],
+                expected="numbers from 1 to 8",
+            )
 
 
 def _read_metrics(path: Path) -> dict[str, Any]:

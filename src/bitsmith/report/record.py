@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitsmith.report import page, svg, words
-from bitsmith.report.metrics import Run, mean_bits
+from bitsmith.report.metrics import FLOAT_BITS, Run, mean_bits
 
 SITE_COLUMNS = ("kind", "bits", "grid", "granularity", "group_size", "range", "elements")
 
@@ -46,7 +46,9 @@ def coverage(run: Run) -> str:
     sites = _site_rows(run)
     columns = ["site", *(key for key in SITE_COLUMNS if any(site.get(key) is not None for site in sites))]
     rows = [
-        [page.text(site.get("name", "?")), *(_cell(site.get(key)) for key in columns[1:])] for site in sites
+        [page.text(site.get("name", "?")), *(_cell(site.get(key)) for key in columns[1:])]
+        for site in sites
+        if site.get("bits") != FLOAT_BITS
     ]
     numbers = [index for index, key in enumerate(columns) if key in ("bits", "group_size", "elements")]
     heads = [key.replace("_", " ").capitalize() for key in columns]

@@ -13,6 +13,7 @@ from typing import Any
 
 from bitsmith.files import read_json, write_atomic
 from bitsmith.report import page, svg, words
+from bitsmith.report.metrics import FLOAT_BITS
 
 PAGE = "sensitivity.html"
 SHADES = 1e4  # the palest shade stands for this much less than the hottest, and for all below
@@ -90,8 +91,8 @@ def headline(found: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def bits_text(bits: int) -> str:
-    """ "1 bit", "4 bits"."""
-    return f"{bits} bit{'s' * (bits != 1)}"
+    """ "1 bit", "4 bits", "float"."""
+    return words.bits(bits) if bits >= FLOAT_BITS else f"{bits} bit{'s' * (bits != 1)}"
 
 
 def asked(found: Mapping[str, Any]) -> str:
@@ -160,7 +161,9 @@ def _heat(found: Mapping[str, Any]) -> str:
                 f"{figure(score)}</td>"
             )
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    head = '<th scope="col">bits</th>' + "".join(f'<th scope="col">{bits}</th>' for bits in widths)
+    head = '<th scope="col">bits</th>' + "".join(
+        f'<th scope="col">{words.bits(bits)}</th>' for bits in widths
+    )
     chosen = "the plan within the budget" if found["plan_from"] == "budget" else "the recipe's widths"
     fixed = any(not site["free"] for site in found["sites"])
     legend = (
@@ -190,7 +193,7 @@ def _prices(found: Mapping[str, Any]) -> str:
         rows.append(
             [
                 page.name(site["name"]) + fixed,
-                f'<div class="widths"><b>{site["bits"]}</b>{bar}</div>',
+                f'<div class="widths"><b>{words.bits(site["bits"])}</b>{bar}</div>',
                 figure(site["score"]),
                 bits_text(wider["bits"]) if wider else "widest",
                 figure(wider["score"]) if wider else words.DASH,
@@ -228,7 +231,7 @@ def _measured(found: Mapping[str, Any]) -> str:
     rows = [
         [
             page.name(entry["site"]),
-            str(entry["bits"]),
+            words.bits(entry["bits"]),
             figure(entry["score"]),
             f"{entry['increase']:+.3f}".replace("-", words.MINUS),
             words.points(entry["accuracy"] - found["float"]["accuracy"]),

@@ -200,9 +200,11 @@ def usual_bits(layers: tuple[Layer, ...], operand: str) -> str:
     if usual >= FLOAT_BITS:
         return f"float {name}" if often == len(known) else f"mostly float {name}"
     if len(ranked) > 2:
-        return f"{bits(min(known))}- to {bits(max(known))}-bit {name}".replace("to float-bit", "bit to float")
+        widest = "-bit to float" if max(known) >= FLOAT_BITS else f"- to {bits(max(known))}-bit"
+        return f"{bits(min(known))}{widest} {name}"
     rest = len(known) - often
-    others = f" ({rest} layer{'s' * (rest > 1)} at {bits(ranked[1][0])})" if rest else ""
+    at = "in float" if rest and ranked[1][0] >= FLOAT_BITS else f"at {bits(ranked[-1][0])}"
+    others = f" ({rest} layer{'s' * (rest > 1)} {at})" if rest else ""
     return f"{bits(usual)}-bit {name}{others}"
 
 
