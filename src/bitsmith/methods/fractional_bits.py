@@ -78,7 +78,8 @@ class FractionalBits(Method):
     fixed: Tensor
     elements: Tensor
     of_site: Tensor
-    targeted: Tensor
+    target_shares: Tensor
+    target_fixed: Tensor
     wanted_bits: Tensor
 
     def __init__(
@@ -139,7 +140,8 @@ class FractionalBits(Method):
         of_site = torch.cat([torch.full((n,), 1 / n) for n in self.counts])
         self.register_buffer("of_site", of_site, persistent=False)
         targeted = [AVERAGES.index(kind) for kind in self.target]
-        self.register_buffer("targeted", torch.tensor(targeted, dtype=torch.int64), persistent=False)
+        self.register_buffer("target_shares", shares[targeted], persistent=False)
+        self.register_buffer("target_fixed", fixed[targeted], persistent=False)
         self.register_buffer("wanted_bits", torch.tensor(list(self.target.values())), persistent=False)
         b = self.real().detach()
         self.register_buffer("learned", b.clone())
@@ -234,7 +236,7 @@ class FractionalBits(Method):
 
     def _targeted(self, b: Tensor) -> Tensor:
         """Of the averages those that have a target."""
-        return self.averages(b).index_select(0, self.targeted)
+        return torch.addmv(self.target_fixed, self.target_shares, b)
 
     def _made(self, whole: list[int], sizes: Sequence[int]) -> Fractional | Categorical:
         """A width that starts where it was asked for."""
