@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitsmith.errors import SchemeError
-from bitsmith.methods.method import Method, check_choice, check_value, is_number
+from bitsmith.errors import SchemeError, check_choice, check_value
+from bitsmith.methods.method import Method, is_number
 from bitsmith.quantization import Plan, commit, measure, plan_of, set_bits, sites
 from bitsmith.quantization.bits import Width
 from bitsmith.quantization.candidates import KINDS, free_sites, group_sizes, site_candidates
