@@ -22,7 +22,7 @@ work failed.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -135,3 +135,22 @@ def listing(choices: Iterable[str]) -> str:
     """``"a, b or c"``."""
     items = [str(c) for c in choices]
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + f" or {items[-1]}"
+
+
+def check_choice(where: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise SchemeError with the nearest name unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        near = nearest(str(value), choices, 1)
+        raise SchemeError(
+            f"no such {where.rpartition('.')[2]}",
+            where=where,
+            got=value,
+            expected=listing(choices),
+            remedy=f"Did you mean {near[0]}?" if near else "",
+        )
+
+
+def check_value(where: str, value: Any, holds: bool, expected: str) -> None:
+    """Raise SchemeError unless ``holds``; ``expected`` says of what kind a good value is."""
+    if not holds:
+        raise SchemeError("this value is out of range", where=where, got=value, expected=expected)

@@ -138,9 +138,11 @@ def test_allocate_is_the_best_of_all_roundings_within_the_average() -> None:
     _, method = learning(target={"average_weight_bits": 4.3}, tensors="weights", start=5.0, bits=(2, 6))
     b = torch.tensor([3.2, 4.7, 5.4])
     names, sizes = list(method.widths), [72, 144, 48]
-    found = method._allocated(b)
+    found = method._rounded(b)
+    plans = [plan for plan in itertools.product(range(2, 7), repeat=3) if average(plan, sizes) <= 4.3]
+    dearest = max(average(plan, sizes) for plan in plans)
     best = min(
-        (plan for plan in itertools.product(range(2, 7), repeat=3) if average(plan, sizes) <= 4.3),
+        (plan for plan in plans if average(plan, sizes) >= dearest * (1 - 0.01 / 4.3)),
         key=lambda plan: sum(n * 4.0 ** (own - k) for n, own, k in zip(sizes, b.tolist(), plan, strict=True)),
     )
     assert [found[name] for name in names] == list(best)
@@ -226,6 +228,11 @@ def packed_tensors(path: Path) -> list[Tensor]:
 def test_bad_options_are_refused_by_name(options: dict[str, object], message: str) -> None:
     with pytest.raises(SchemeError, match=message):
         FractionalBits(X[:1], **{"strength": 0.0 if "target" in options else 0.1, **options})
+
+
+def test_a_target_of_sites_that_are_not_learned_is_refused() -> None:
+    with pytest.raises(SchemeError, match=r"target\.average_activation_bits.*no site of this kind is free"):
+        learning(target={"average_activation_bits": 4}, tensors="weights")
 
 
 def test_a_target_below_the_narrowest_widths_says_what_they_cost() -> None:

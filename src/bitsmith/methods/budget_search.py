@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitsmith.errors import SchemeError, listing
-from bitsmith.methods.method import Method, check_choice, check_value
+from bitsmith.errors import SchemeError, check_choice, check_value, listing
+from bitsmith.methods.method import Method
 from bitsmith.quantization import Plan, commit, measure, plan_of, set_bits, sites
 from bitsmith.quantization.allocate import allocate
 from bitsmith.quantization.bits import FixedBits, Width

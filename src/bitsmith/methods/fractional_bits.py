@@ -5,11 +5,8 @@
 or, with a target ("4.2 bits on average"), lambda from the multipliers that hold a budget search's budget,
 here on both sides. Widths start wide, and the target falls to where it is wanted over the first part of the
 run, so that weights meet every precision on the way. Then the widths are rounded, scales that never were in
-play are found anew, and the rest of the steps trains at exactly the plan.
-
-Rounding by `allocate`: where lambda holds the average, every site pays alike, -dL/db_k = lambda n_k for its
-n_k elements; with an error that falls as 4^-b, k bits instead of b cost it lambda n_k 4^(b - k) / ln 4. The
-plan of the least sum within the target is found exactly: up where that is cheap, down elsewhere.
+play are found anew, and the rest of the steps trains at exactly the plan. How they are rounded is
+quantization.whole_widths.
 
 Differences from the description. (1) The target falls instead of standing: a constant one winds lambda up
 while the widths are on their way. (2) Where one grid is in play, the gradient of a width is that of an error
@@ -26,12 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitsmith.errors import SchemeError
-from bitsmith.methods.method import Method, check_choice, check_value, is_number
+from bitsmith.errors import SchemeError, check_choice, check_value
+from bitsmith.methods.method import Method, is_number
 from bitsmith.quantization import Plan, commit, measure, plan_of, set_bits, sites
-from bitsmith.quantization.allocate import allocate
-from bitsmith.quantization.bits import Width, one_or_each
-from bitsmith.quantization.budget import Budget, BudgetCost
+from bitsmith.quantization.bits import Width
 from bitsmith.quantization.candidates import KINDS, free_sites, group_sizes, site_candidates
 from bitsmith.quantization.categorical import Categorical, GroupCategorical, draw, scores_of
 from bitsmith.quantization.cost_kinds import AVERAGES, average_shares
@@ -40,6 +35,7 @@ from bitsmith.quantization.layers import weights_of
 from bitsmith.quantization.multipliers import Multipliers
 from bitsmith.quantization.rows import observe_weight
 from bitsmith.quantization.target import get_target
+from bitsmith.quantization.whole_widths import ROUNDINGS, one_by_one, within_averages
 
 FALL = 0.6  # of the steps with real widths, in which a target falls from where the widths start
 CERTAIN = 0.9  # probability of the start at the start of a categorical width
@@ -48,7 +44,7 @@ CHOICES = {
     "tensors": tuple(KINDS),
     "parametrization": ("continuous", "categorical"),
     "mode": MODES,
-    "rounding": ("allocate", "nearest", "ceil", "floor"),
+    "rounding": ("allocate", *ROUNDINGS),
     "recalibrate": ("new", "all", "none"),
 }
 
@@ -78,7 +74,8 @@ class FractionalBits(Method):
     fixed: Tensor
     elements: Tensor
     of_site: Tensor
-    targeted: Tensor
+    target_shares: Tensor
+    target_fixed: Tensor
     wanted_bits: Tensor
 
     def __init__(
@@ -126,7 +123,6 @@ class FractionalBits(Method):
         whole = list(range(self.ends[0], self.ends[1] + 1))
         self.storable = site_candidates(model, names, whole)
         self.groups = group_sizes(model, names, self.channel_groups, "fractional_bits.per")
-        self._check_device(model)
         self.widths: dict[str, Any] = {n: self._made(whole, self.groups.get(n, ())) for n in names}
         set_bits(model, self.widths)
         self.cost = measure(model, self.example)
@@ -139,14 +135,16 @@ class FractionalBits(Method):
         of_site = torch.cat([torch.full((n,), 1 / n) for n in self.counts])
         self.register_buffer("of_site", of_site, persistent=False)
         targeted = [AVERAGES.index(kind) for kind in self.target]
-        self.register_buffer("targeted", torch.tensor(targeted, dtype=torch.int64), persistent=False)
+        self.register_buffer("target_shares", shares[targeted], persistent=False)
+        self.register_buffer("target_fixed", fixed[targeted], persistent=False)
         self.register_buffer("wanted_bits", torch.tensor(list(self.target.values())), persistent=False)
+        self._check_device(model)
         b = self.real().detach()
         self.register_buffer("learned", b.clone())
         self.register_buffer("begin", self._targeted(b))
         self.register_buffer("limits", self.begin.clone())
         if self.target:
-            self._allocated(b)  # a target out of reach is found out now
+            self._rounded(b)  # a target out of reach is found out now
         self._move()
 
     def real(self) -> Tensor:
@@ -160,9 +158,7 @@ class FractionalBits(Method):
 
     def learned_bits(self) -> dict[str, list[float]]:
         """Site -> its real width, or those of its groups."""
-        return {
-            n: b.tolist() for n, b in zip(self.widths, self.real().detach().split(self.counts), strict=True)
-        }
+        return self._by_site(self.real().detach())
 
     def averages(self, b: Tensor) -> Tensor:
         """average_weight_bits and average_activation_bits of the model, (2,)."""
@@ -208,8 +204,7 @@ class FractionalBits(Method):
         if not self.is_learning():
             return plan_of(self.models[0])
         b = self.real()
-        rounded = self._allocated(b) if self.rounding == "allocate" else self._rounded(b)
-        return plan_of(self.models[0], bits=rounded)
+        return plan_of(self.models[0], bits=self._rounded(b))
 
     def scalars(self) -> dict[str, Tensor]:
         """The averages, what holds them, and the mean width of every site ("bits.SITE")."""
@@ -234,7 +229,7 @@ class FractionalBits(Method):
 
     def _targeted(self, b: Tensor) -> Tensor:
         """Of the averages those that have a target."""
-        return self.averages(b).index_select(0, self.targeted)
+        return torch.addmv(self.target_fixed, self.target_shares, b)
 
     def _made(self, whole: list[int], sizes: Sequence[int]) -> Fractional | Categorical:
         """A width that starts where it was asked for."""
@@ -265,29 +260,24 @@ class FractionalBits(Method):
         else:
             draw(widths, -noise.log(), widths[0].temperature, 0.0)
 
-    def _allocated(self, b: Tensor) -> dict[str, Width]:
-        """The plan of the least loss within the targets, or within where the averages are."""
-        now = dict(zip(AVERAGES, self.averages(b).tolist(), strict=True))
-        limits = self.target or {
-            k: now[k] for k, s in zip(AVERAGES, self.shares, strict=True) if bool(s.any())
-        }
-        cost = BudgetCost(self.cost, Budget.from_dict(limits), self.storable, self.groups)
-        sizes = (self.elements / self.elements.sum()).split(self.counts)
-        worth = {}
-        for name, part, size in zip(self.widths, b.split(self.counts), sizes, strict=True):
-            for group, own, n in zip(cost.names(name), part.tolist(), size.tolist(), strict=True):
-                worth[group] = [-n * 4.0 ** (own - k) for k in cost.candidates[group]]
-        return allocate(cost, worth).bits
-
     def _rounded(self, b: Tensor) -> dict[str, Width]:
-        """Every width by itself to the nearest, the next above or the next below that the device stores."""
-        found = {}
-        for name, part in zip(self.widths, b.split(self.counts), strict=True):
-            stored = self.storable[name]
-            each = [_to_whole(round(own, 3), stored, self.rounding) for own in part.tolist()]
-            sizes = self.groups.get(name, (1,))
-            found[name] = one_or_each([k for k, size in zip(each, sizes, strict=True) for _ in range(size)])
-        return found
+        """The whole widths of b (T,), within the targets or where the averages are."""
+        by_site = self._by_site(b)
+        if self.rounding != "allocate":
+            return one_by_one(by_site, self.storable, self.groups, self.rounding)
+        now = dict(zip(AVERAGES, self.averages(b).tolist(), strict=True))
+        limits = {kind: self.target.get(kind, now[kind]) for kind in self._learned_kinds()}
+        elements = self._by_site(self.elements)
+        return within_averages(self.cost, by_site, elements, limits, self.storable, self.groups)
+
+    def _by_site(self, numbers: Tensor) -> dict[str, list[float]]:
+        """(T,) -> site -> its own."""
+        parts = numbers.split(self.counts)
+        return {name: part.tolist() for name, part in zip(self.widths, parts, strict=True)}
+
+    def _learned_kinds(self) -> list[str]:
+        """The averages that have a part in what is learned."""
+        return [kind for kind, shares in zip(AVERAGES, self.shares, strict=True) if bool(shares.any())]
 
     def _decide(self, bits: Mapping[str, Width]) -> None:
         """Fix the widths, and find scales for those rows that training did not."""
@@ -306,20 +296,13 @@ class FractionalBits(Method):
 
     def _check_device(self, model: nn.Module) -> None:
         device = get_target(getattr(model, "bitsmith_target", "native"))
-        check_value(
-            "fractional_bits.rounding",
-            self.rounding,
-            self.rounding == "allocate" or not (device.pairs or device.shared),
-            f"allocate, as target {device.name} has sites that share a width, or pairs it does not multiply",
-        )
-
-
-def _to_whole(b: float, stored: Sequence[int], rounding: str) -> int:
-    if rounding == "ceil":
-        return min((k for k in stored if k >= b), default=max(stored))
-    if rounding == "floor":
-        return max((k for k in stored if k <= b), default=min(stored))
-    return min(stored, key=lambda k: (abs(k - b), -k))
+        free = self.rounding == "allocate" or not (device.pairs or device.shared)
+        why = f"allocate: on target {device.name} the width of one site binds that of another"
+        check_value("fractional_bits.rounding", self.rounding, free, why)
+        for kind, bits in self.target.items():
+            held = kind in self._learned_kinds()
+            why = "no such target, as no site of this kind is free"
+            check_value(f"fractional_bits.target.{kind}", bits, held, why)
 
 
 def _check_numbers(

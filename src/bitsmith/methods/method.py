@@ -15,13 +15,11 @@ Our loop (`bitsmith.train`) has no privileges: a loop of your own calls the same
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-
-from bitsmith.errors import SchemeError, listing, nearest
 
 if TYPE_CHECKING:
     from bitsmith.quantization import Plan
@@ -76,28 +74,6 @@ class Method(nn.Module):
     def learned_bits(self) -> dict[str, list[float]]:
         """Site -> its real width as it was learned, before rounding, or those of its groups of channels."""
         return {}
-
-
-# ---- checks of options that methods share: one clear line for a wrong one, with its name and a remedy
-
-
-def check_choice(where: str, value: Any, choices: Sequence[str]) -> None:
-    """Raise SchemeError with the nearest name unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        near = nearest(str(value), choices, 1)
-        raise SchemeError(
-            f"there is no such {where.rpartition('.')[2]}",
-            where=where,
-            got=value,
-            expected=listing(choices),
-            remedy=f"Did you mean {near[0]}?" if near else "",
-        )
-
-
-def check_value(where: str, value: Any, holds: bool, expected: str) -> None:
-    """Raise SchemeError unless ``holds``; ``expected`` says of what kind a good value is."""
-    if not holds:
-        raise SchemeError("this value is out of range", where=where, got=value, expected=expected)
 
 
 def is_number(value: Any) -> bool:

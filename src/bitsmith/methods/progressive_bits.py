@@ -24,8 +24,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from bitsmith.errors import SchemeError
-from bitsmith.methods.method import Closure, Method, check_choice, check_value, is_number
+from bitsmith.errors import SchemeError, check_choice, check_value
+from bitsmith.methods.method import Closure, Method, is_number
 from bitsmith.quantization import Plan, plan_of, set_bits, sites
 from bitsmith.quantization.candidates import KINDS, free_sites
 from bitsmith.quantization.fractional import Stepped

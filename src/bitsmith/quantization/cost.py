@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -108,6 +109,12 @@ class CostModel:
             first, second = (bits.get(site, FLOAT) for site in layer.operands)
             total = total + times(layer.macs, first) * second
         return total
+
+    @cached_property
+    def elements(self) -> tuple[int, int]:
+        """Elements of all weights, and of all operands that are activations."""
+        weights = sum(layer.weight_elements for layer in self.layers)
+        return weights, sum(sum(layer.activation_elements.values()) for layer in self.layers)
 
     @property
     def bops_float(self) -> int:

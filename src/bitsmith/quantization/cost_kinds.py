@@ -81,11 +81,10 @@ def layer_cost(
         bits = dict(zip(layer.operands, (first, second), strict=True))
         return cost.layer_bytes(layer, bits) + cost.range_bytes(layer, bits)
     if kind == "average_weight_bits":
-        return times(layer.weight_elements, first) / max(sum(x.weight_elements for x in cost.layers), 1)
+        return times(layer.weight_elements, first) / max(cost.elements[0], 1)
     if kind == "average_activation_bits":
-        total = sum(sum(x.activation_elements.values()) for x in cost.layers)
         counts = [layer.activation_elements.get(site, 0) for site in layer.operands]
-        return (times(counts[0], first) + counts[1] * second) / max(total, 1)
+        return (times(counts[0], first) + counts[1] * second) / max(cost.elements[1], 1)
     whole = _table(kind, table).cost(
         layer.name, layer.kind, layer.layer_macs, layer.weight_shape, first, second
     )

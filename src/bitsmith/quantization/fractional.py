@@ -41,7 +41,6 @@ class Fractional(BitWidth):
 
     offset: nn.Parameter
     start: Tensor
-    ends: Tensor
     below: Tensor  # the whole width below b, of each channel or (1,)
     decided: Tensor
     group: Tensor | None  # (C,): of each channel
@@ -61,7 +60,7 @@ class Fractional(BitWidth):
         self.offset = nn.Parameter(torch.zeros(groups))
         self.register_buffer("start", torch.as_tensor(start, dtype=torch.float32).expand(groups).clone())
         self.register_buffer("candidates", torch.tensor(list(candidates), dtype=torch.float32))
-        self.register_buffer("ends", self.candidates[[0, -1]].unsqueeze(1).repeat(1, groups))  # b's, (2, G)
+        self.ends = (float(candidates[0]), float(candidates[-1]))
         each = torch.arange(groups).repeat_interleave(torch.tensor(sizes)) if sizes else None
         self.register_buffer("group", each)
         in_play = 2 if mode in ("mixed", "real") else 1
@@ -133,18 +132,18 @@ def real(widths: Sequence[Fractional]) -> Tensor:
 @torch.no_grad()
 def move(widths: Sequence[Fractional], noise: Tensor) -> None:
     """Keep every b within its ends and put the rows in play beside it; ``noise`` (T,), uniform, draws them.
-    All widths at once, so that a step costs few operations however many sites there are."""
-    low, high = torch.cat([width.ends for width in widths], 1)
-    b = real(widths).clamp_(low, high)
-    offset = (b - torch.cat([width.start for width in widths])) / widths[0].rate
-    below = torch.minimum((b.ceil() - 1).clamp_(min=low), (high - 1).clamp_(min=low))
-    if len(widths[0].rows) == 1:
-        f = b - below
-        rows = below + (noise < f if widths[0].mode == "sampled" else f >= 0.5) - low
-    else:
-        rows = below - low
+    All widths, of the same ends, at once: a step costs few operations however many sites there are."""
+    (low, high), mode = widths[0].ends, widths[0].mode
+    start = torch.cat([width.start for width in widths])
+    b = torch.add(start, torch.cat([width.offset for width in widths]), alpha=widths[0].rate).clamp_(
+        low, high
+    )
+    below = (b.ceil() - 1).clamp_(low, high - 1)
+    rows = below - low
+    if mode in ("sampled", "argmax"):
+        rows += b - below > noise if mode == "sampled" else b - below >= 0.5
     counts = [len(width.offset) for width in widths]
-    parts = (part.split(counts) for part in (offset, below, rows.long()))
+    parts = (part.split(counts) for part in ((b - start) / widths[0].rate, below, rows.long()))
     for width, *own in zip(widths, *parts, strict=True):
         width.take(*own)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from bitsmith.errors import SchemeError, listing, nearest
+from bitsmith.errors import SchemeError, check_choice, listing, nearest
 from bitsmith.numerics.blocks import GRANULARITIES, Granularity
 from bitsmith.numerics.rounding import ESTIMATORS, Estimator
 
@@ -68,16 +68,7 @@ class Scheme:
                 remedy="Set granularity: channel, or give one width for all",
             )
         for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                close = nearest(str(value), choices, 1)
-                raise SchemeError(
-                    f"no such {name}",
-                    where=name,
-                    got=value,
-                    expected=listing(choices),
-                    remedy=f"Did you mean {close[0]}?" if close else "",
-                )
+            check_choice(name, getattr(self, name), choices)
         if self.granularity == "group":
             if not isinstance(self.group_size, int) or self.group_size < 1:
                 raise SchemeError(
