@@ -152,6 +152,14 @@ def average(plan: tuple[int, ...], sizes: list[int]) -> float:
     return sum(n * k for n, k in zip(sizes, plan, strict=True)) / sum(sizes)
 
 
+@pytest.mark.parametrize("per", ["tensor", "channel"])
+def test_widths_that_are_all_at_their_lower_end_stay_there(per: str) -> None:
+    model, method = learning(20, strength=5.0, per=per, bits=(2, 4), learn_share=1.0)
+    fit(model, method, 40)
+    assert float(method.learned.max()) < 2.001
+    assert set(plan_of(model).bits.values()) == {2}
+
+
 @pytest.mark.parametrize(
     ("rounding", "expected"), [("nearest", [3, 5, 5]), ("ceil", [4, 5, 6]), ("floor", [3, 4, 5])]
 )

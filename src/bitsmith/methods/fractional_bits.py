@@ -37,6 +37,7 @@ from bitsmith.quantization.rows import observe_weight
 from bitsmith.quantization.target import get_target
 from bitsmith.quantization.whole_widths import ROUNDINGS, one_by_one, within_averages
 
+ROUNDING = 1e-4  # bits
 FALL = 0.6  # of the steps with real widths, in which a target falls from where the widths start
 CERTAIN = 0.9  # probability of the start at the start of a categorical width
 CHOICES = {
@@ -266,7 +267,8 @@ class FractionalBits(Method):
         if self.rounding != "allocate":
             return one_by_one(by_site, self.storable, self.groups, self.rounding)
         now = dict(zip(AVERAGES, self.averages(b).tolist(), strict=True))
-        limits = {kind: self.target.get(kind, now[kind]) for kind in self._learned_kinds()}
+        # Where all are at b_min the average in float32 may come out below what these widths cost.
+        limits = {kind: self.target.get(kind, now[kind] + ROUNDING) for kind in self._learned_kinds()}
         elements = self._by_site(self.elements)
         return within_averages(self.cost, by_site, elements, limits, self.storable, self.groups)
 

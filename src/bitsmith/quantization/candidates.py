@@ -78,7 +78,6 @@ def group_sizes(
         raise TargetError(
             f"target {target.name} does not store the channels of a weight at widths of their own",
             where=where,
-            got=groups,
             remedy="Choose one width for each tensor, or target: native",
         )
     quantizers = sites(model)
