@@ -1,8 +1,7 @@
 """A mixture of fake-quantized values: y = sum over k of share_k Q_k(x), each with a grid of its own.
 
 The same as calling `affine.fake_quantize` for each grid, in one node of autograd: <g, Q_k>, which the shares
-receive, is one of the sums that the scales need anyway, and x receives one gradient. For two grids that is
-ten passes over memory more than for one, instead of nineteen.
+receive, is one of the sums that the scales need anyway, and x receives one gradient.
 """
 
 from __future__ import annotations
