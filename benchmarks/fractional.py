@@ -154,8 +154,8 @@ def rounded(unit: Unit, rounding: str, stored: str) -> dict[str, Any]:
     return {**result, **method.moments, "averages": found, "target": list(target.values())}
 
 
-def jobs(parts: str, averages: tuple[int, ...]) -> list[tuple[str, str, str]]:
-    """(part, contender, point) of all that is to be trained, baselines first."""
+def jobs(parts: str, averages: tuple[int, ...], wanted: list[str]) -> list[tuple[str, str, str]]:
+    """(part, contender, point) of all that is to be trained, baselines first; of ``wanted`` contenders."""
     found = []
     for part in parts.split(","):
         if part == "schedule":
@@ -164,7 +164,7 @@ def jobs(parts: str, averages: tuple[int, ...]) -> list[tuple[str, str, str]]:
             found += [(part, c, str(bits)) for bits in averages for c in WIDTHS]
         elif part == "rounding":
             found += [(part, rounding, stored) for rounding, stored in ROUNDINGS]
-    return found
+    return [job for job in found if not wanted or job[1] in wanted]
 
 
 def one(unit: Unit, part: str, contender: str, point: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -232,6 +232,7 @@ def main() -> None:
     parser.add_argument("--parts", default="schedule,widths,rounding")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--averages", default="3,2")
+    parser.add_argument("--contenders", nargs="*", default=[], help="only these, as the table names them")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="of FractionalBits")
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--table", action="store_true")
@@ -246,7 +247,11 @@ def main() -> None:
     averages = tuple(int(b) for b in options.averages.split(","))
     for seed in range(0 if options.table else options.seeds):
         entry = units.setdefault(str(seed), {"points": {}})
-        todo = [job for job in jobs(options.parts, averages) if " ".join(job) not in entry["points"]]
+        todo = [
+            job
+            for job in jobs(options.parts, averages, options.contenders)
+            if " ".join(job) not in entry["points"]
+        ]
         if not todo:
             continue
         unit = Unit(options.task, seed)
