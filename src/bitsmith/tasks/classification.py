@@ -6,9 +6,6 @@ in eval mode and back, so that calling this in the middle of training changes no
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,18 +25,11 @@ def predict(
     if len(images) == 0:
         raise DataError("there is nothing to predict", where="predict", got="0 images")
     place = torch.device(device) if device is not None else device_of(model)
-    with evaluating(model):
-        batches = (to_float(images[i : i + batch_size]) for i in range(0, len(images), batch_size))
-        return torch.cat([model(batch.to(place)).float().cpu() for batch in batches])
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every module is in the mode in which it was."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        yield
+        batches = (to_float(images[i : i + batch_size]) for i in range(0, len(images), batch_size))
+        return torch.cat([model(batch.to(place)).float().cpu() for batch in batches])
     finally:
         # Module by module: some may have been in eval mode inside a training model (frozen BatchNorm).
         for module, training in modes.items():

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from bitsmith.errors import DataError, TrainingDiverged
-from bitsmith.tasks.classification import device_of, evaluating
+from bitsmith.quantization.layers import in_eval_mode
+from bitsmith.tasks.classification import device_of
 from bitsmith.tasks.likelihood import Tick, Tokenizer
 
 
@@ -35,19 +36,20 @@ def generate(
     leaves no room for max_tokens in the context, the end is kept. Raises DataError, and TrainingDiverged
     where the model answers NaN.
     """
-    if not 0 < max_tokens < context:
+    if not 0 < max_tokens <= context:
         raise DataError(
             "there is no room in the context for prompt and answer",
             where="max_tokens",
             got=max_tokens,
-            expected=f"1 to {context - 1}, less than the context of {context}",
+            expected=f"1 to {context}, the context",
         )
-    rows = [tokenizer.encode(prompt)[-(context - max_tokens) :] for prompt in prompts]
+    room = context - max_tokens + 1  # the last token is written, not read
+    rows = [tokenizer.encode(prompt)[-room:] for prompt in prompts]
     for i, row in enumerate(rows):
         if not row:
             raise DataError("the prompt has no tokens", where=f"prompt {i}", got=repr(prompts[i]))
     texts: dict[int, str] = {}
-    with evaluating(model):
+    with in_eval_mode(model):
         for batch in _equal_lengths(rows, batch_size):
             tokens = torch.tensor([rows[i] for i in batch], device=device_of(model))
             written: dict[int, list[int]] = {i: [] for i in batch}

@@ -1,6 +1,6 @@
 """A language model as lm-evaluation-harness takes it, so that its hundreds of tasks can be run on ours.
 
-Needs the extra lm-eval (lm_eval >= 0.4.8). The harness's class is imported, and so ours is made, when it is
+Needs the extra lm-eval (lm_eval >= 0.4.13). The harness's class is imported, and so ours is made, when it is
 asked for. It answers the three kinds of requests with log_likelihoods and generate; the harness makes the
 prompts and the metrics:
 

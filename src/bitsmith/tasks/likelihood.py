@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from bitsmith.errors import DataError, TrainingDiverged
-from bitsmith.tasks.classification import device_of, evaluating
+from bitsmith.quantization.layers import in_eval_mode
+from bitsmith.tasks.classification import device_of
 
 Tick = Callable[[int, int], None]  # (done, total)
 Pair = tuple[list[int], list[int]]  # (prompt, continuation), as token ids
@@ -85,7 +86,7 @@ def log_likelihoods(
     # Long ones first: equal lengths share a batch, and what does not fit in memory fails at once.
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
     found: dict[int, Likelihood] = {}
-    with evaluating(model):
+    with in_eval_mode(model):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             tokens = torch.zeros(len(batch), len(rows[batch[0]][0]), dtype=torch.int64)

@@ -151,7 +151,7 @@ def _adapters(fields: dict[str, Any], where: str) -> Question:
         text += "\n" + _text(fields, "input", where)
     listed = _LABELS.search(text)
     if listed is None:
-        return OpenQuestion(_asked(text), answer)
+        return OpenQuestion(_asked(text), answer, END_OF_ANSWER)
     labels = listed[1].split("/")
     if labels.count(answer) != 1:
         raise DataError(

@@ -9,17 +9,19 @@ made here: write them into the question.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Any
 
 from torch import nn
 
 from bitsmith.errors import DataError
 from bitsmith.tasks.generation import generate
 from bitsmith.tasks.likelihood import Tick, Tokenizer, log_likelihoods, split
-from bitsmith.tasks.questions import MultipleChoice, OpenQuestion, Question
+from bitsmith.tasks.questions import MultipleChoice, OpenQuestion, Question, read_questions
 
 MOST_TOKENS = 256  # of an answer, where the context has room
 # A minus after a digit, a letter or a bracket subtracts; commas count only between groups of three digits.
@@ -182,6 +184,35 @@ def score(
     if choices:
         return multiple_choice(model, tokenizer, choices, **settings, progress=progress)
     return exact_match(model, tokenizer, written, **settings, max_tokens=max_tokens, progress=progress)
+
+
+def score_file(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    path: str | os.PathLike[str],
+    *,
+    context: int,
+    limit: int | None = None,
+    max_tokens: int | None = None,
+    batch_size: int = 16,
+    progress: Tick | None = None,
+) -> dict[str, Any]:
+    """{"questions": how many, "kind": "multiple_choice" or "exact_match", and the metrics} of a file, for JSON.
+
+    See `read_questions` for the file and ``limit``, `score` for the rest.
+    """
+    questions = read_questions(path, limit)
+    found = score(
+        model,
+        tokenizer,
+        questions,
+        context=context,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    kind = "multiple_choice" if isinstance(found, ChoiceScore) else "exact_match"
+    return {"questions": len(questions), "kind": kind, **found.metrics()}
 
 
 def same_answer(text: str, expected: str) -> bool:
