@@ -1,6 +1,5 @@
 """Accuracies are those of the choices' known probabilities; answers count by what they say."""
 
-import json
 import math
 import statistics
 from decimal import Decimal
@@ -17,7 +16,6 @@ from bitsmith.tasks.scoring import (
     multiple_choice,
     same_answer,
     score,
-    score_file,
     standard_error,
 )
 from tests.tasks.language import Ascii, Bigram, Next, log_probability
@@ -57,6 +55,7 @@ def test_accuracies_are_shares_of_right_choices():
     right = [chosen == q.correct for q, (_, chosen, _) in zip(QUESTIONS, expected_choices(), strict=True)]
     normalized = [n == q.correct for q, (_, _, n) in zip(QUESTIONS, expected_choices(), strict=True)]
     assert metrics == {
+        "questions": 4,
         "accuracy": statistics.mean(right),
         "accuracy_standard_error": pytest.approx(statistics.stdev(right) / math.sqrt(4)),
         "normalized_accuracy": statistics.mean(normalized),
@@ -123,18 +122,6 @@ def test_score_takes_either_kind_but_not_both():
         score(Next(), Ascii(), [asked, QUESTIONS[0]], context=64)
     with pytest.raises(DataError, match="there are no questions"):
         score(Next(), Ascii(), [], context=64)
-
-
-def test_a_file_is_scored_up_to_the_limit(tmp_path):
-    path = tmp_path / "questions.jsonl"
-    path.write_text('{"question": "/", "answer": 0}\n' * 3 + '{"question": "/", "answer": 1}\n')
-    found = score_file(Next(), Ascii(), path, context=8, max_tokens=1)
-    assert (found["questions"], found["kind"], found["accuracy"]) == (4, "exact_match", 0.75)
-    assert score_file(Next(), Ascii(), path, context=8, max_tokens=1, limit=2)["questions"] == 2
-    choices = {"question": "/", "choices": ["1", "0"], "answer": "0"}
-    path.write_text(json.dumps(choices) + "\n")
-    found = score_file(Next(), Ascii(), path, context=8)
-    assert (found["kind"], found["accuracy"], found["normalized_accuracy"]) == ("multiple_choice", 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 """Sums and differences as text, "37+48=085", made here: a task on which a small model can be really good.
 
 What rounding takes from a language model hardly shows in the perplexity of one that knows little. A
-byte-level Llama of half a million parameters that trained on these lines for a minute answers all of them; at
-3 and 2 bits it does not (docs/scoring.md has figures). All numbers have leading zeros, so that digits of one
-place stand at one position: without these the same model needs several times the steps.
+byte-level Llama of half a million parameters learns this within a minute or two of one core, and then
+rounding to 3 or 2 bits costs it many answers. All numbers have leading zeros, so that digits of one place
+stand at one position: without these the same model needs more than twice the steps.
 """
 
 from __future__ import annotations
@@ -69,8 +69,9 @@ def as_text(questions: Sequence[OpenQuestion]) -> str:
 def as_rows(questions: Sequence[OpenQuestion], tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
     """(tokens, targets), (N, T) int64 each: row n is question n, and logits at t answer for targets[n, t].
 
-    Only the answer and its end of line count: what belongs to the prompt, and padding, is IGNORED. (Which
-    numbers are asked cannot be known: trained on the whole line, the same model learns more slowly.)
+    Only the answer and its end of line count: what belongs to the prompt, and padding, is IGNORED. Which
+    numbers are asked cannot be known, and trained on whole lines the same model learns much more slowly:
+    right in a tenth of the answers after steps that bring it to nine tenths on answers alone.
     """
     pairs = [split(tokenizer, question.prompt, f"{question.answer}\n") for question in questions]
     length = max((len(prompt) + len(answer) for prompt, answer in pairs), default=1) - 1

@@ -9,19 +9,17 @@ made here: write them into the question.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
 
 from torch import nn
 
 from bitsmith.errors import DataError
 from bitsmith.tasks.generation import generate
 from bitsmith.tasks.likelihood import Tick, Tokenizer, log_likelihoods, split
-from bitsmith.tasks.questions import MultipleChoice, OpenQuestion, Question, read_questions
+from bitsmith.tasks.questions import MultipleChoice, OpenQuestion, Question
 
 MOST_TOKENS = 256  # of an answer, where the context has room
 # A minus after a digit, a letter or a bracket subtracts; commas count only between groups of three digits.
@@ -56,10 +54,11 @@ class ChoiceScore:
     answers: tuple[Choice, ...]
 
     def metrics(self) -> dict[str, float]:
-        """Accuracies as fractions in 0..1, by likelihood and by likelihood per byte, with standard errors."""
+        """How many questions; the share that is right by likelihood, and by likelihood per byte."""
         plain = [answer.chosen == answer.correct for answer in self.answers]
         normalized = [answer.chosen_normalized == answer.correct for answer in self.answers]
         return {
+            "questions": len(self.answers),
             **_measures("accuracy", plain),
             **_measures("normalized_accuracy", normalized),
         }
@@ -85,8 +84,9 @@ class WrittenScore:
     answers: tuple[Written, ...]
 
     def metrics(self) -> dict[str, float]:
-        """The share of right answers, with its standard error."""
-        return _measures("accuracy", [answer.right for answer in self.answers])
+        """How many questions, and the share that is right."""
+        right = [answer.right for answer in self.answers]
+        return {"questions": len(right), **_measures("accuracy", right)}
 
 
 def _measures(name: str, right: Sequence[bool]) -> dict[str, float]:
@@ -114,7 +114,7 @@ def multiple_choice(
     """Which choice the model finds likeliest after the prompt, for each question.
 
     context: the most tokens that the model takes; of longer prompts the end is kept, longer choices are
-    refused. Lengths are those of a choice without the space before it. Raises DataError, TrainingDiverged.
+    refused. Lengths are those of a choice without the space around it. Raises DataError, TrainingDiverged.
     """
     _not_empty(questions)
     pairs = [
@@ -186,38 +186,8 @@ def score(
     return exact_match(model, tokenizer, written, **settings, max_tokens=max_tokens, progress=progress)
 
 
-def score_file(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    path: str | os.PathLike[str],
-    *,
-    context: int,
-    limit: int | None = None,
-    max_tokens: int | None = None,
-    batch_size: int = 16,
-    progress: Tick | None = None,
-) -> dict[str, Any]:
-    """{"questions": how many, "kind": "multiple_choice" or "exact_match", and the metrics} of a file, for JSON.
-
-    See `read_questions` for the file and ``limit``, `score` for the rest.
-    """
-    questions = read_questions(path, limit)
-    found = score(
-        model,
-        tokenizer,
-        questions,
-        context=context,
-        max_tokens=max_tokens,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    kind = "multiple_choice" if isinstance(found, ChoiceScore) else "exact_match"
-    return {"questions": len(questions), "kind": kind, **found.metrics()}
-
-
 def same_answer(text: str, expected: str) -> bool:
-    """Whether ``text`` says ``expected``: by its last number where a number is expected, else word for
-    word."""
+    """Whether ``text`` says ``expected``: its last number where a number is expected, else word for word."""
     wanted = _as_number(expected)
     if wanted is None:
         return text.strip() == expected.strip()
