@@ -11,6 +11,7 @@ import pytest
 from tests.architecture.package import ROOT
 
 HEAVY = [
+    "lm_eval",
     "onnx",
     "onnxruntime",
     "onnxscript",
