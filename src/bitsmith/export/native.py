@@ -257,26 +257,28 @@ def _layer(
     kind = entry["kind"]
     if kind == "matmul":
         return IntegerMatMul(*(_quantizer(f"{prefix}{o}", entry.get(o), tensors) for o in ("left", "right")))
-    weight = _weight(f"{prefix}weight", entry["weight"], tensors, made)
+    transposed = entry.get("transposed") is True
+    weight = _weight(f"{prefix}weight", entry["weight"], tensors, made, transposed)
     if kind == "embedding":
         return IntegerEmbedding(weight)
     input, bias = _quantizer(f"{prefix}input", entry.get("input"), tensors), tensors.get(f"{prefix}bias")
     if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
         raise ValueError(f"{prefix}bias has shape {tuple(bias.shape)}")
     if kind == "linear":
-        return IntegerLinear(weight, input, bias, entry.get("transposed") is True)
+        return IntegerLinear(weight, input, bias, transposed)
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["geometry"].items()}
     return IntegerConv(weight, input, bias, ConvGeometry(**values))
 
 
 def _weight(
-    site: str, entry: dict[str, Any], tensors: dict[str, Tensor], made: dict[str, Any]
+    site: str, entry: dict[str, Any], tensors: dict[str, Tensor], made: dict[str, Any], transposed: bool
 ) -> PackedWeight | FloatWeight:
     if "tied_to" in entry:
         weight: PackedWeight | FloatWeight = made[entry["tied_to"]].weight
         return weight
     if entry.get("float") is True:
-        return FloatWeight(_floats(f"{site}.values", tensors))
+        values = _floats(f"{site}.values", tensors)
+        return FloatWeight(values.t().contiguous().t() if transposed else values)  # to be summed as before
     form = _form(site, entry)
     if form.shape is None:
         raise ValueError(f"{site} has no shape")

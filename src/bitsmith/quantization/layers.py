@@ -59,8 +59,10 @@ class QuantTransposedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        weight = self.weight.t()
-        weight = weight if self.weight_quantizer is None else self.weight_quantizer(weight)
+        weight: Tensor = self.weight.t()
+        if self.weight_quantizer is not None:
+            # As a packed weight lies, so that both sum in one order, and quantizers reduce along memory.
+            weight = self.weight_quantizer(weight.clone(memory_format=torch.contiguous_format))
         return F.linear(x if self.input_quantizer is None else self.input_quantizer(x), weight, self.bias)
 
 

@@ -175,6 +175,10 @@ class _Watch(TorchDispatchMode):
         joined = len(from_one) == 1 and not read & self.coded and (at_once or pooled)
         for key in read:
             self.touch(key, in_float=key not in self.coded and not (joined and not made))
+        if read and all(key in self.index and self.index[key] is None for key in read):
+            for leaf in made:  # of weights alone: another form of them
+                self.index[_key(leaf)] = None
+            return output
         for leaf in made[:1] if pooled else made:  # a runtime keeps no indices of the largest
             self.make(leaf)
             if joined:

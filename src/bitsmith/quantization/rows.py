@@ -392,4 +392,4 @@ def observe_weight(quantizer: Rows, weight: Tensor) -> tuple[Tensor, float, floa
     if quantizer.scheme.range == "dorefa":
         weight = dorefa(weight)
     values = blocks.rows_of(weight, quantizer.scheme.granularity, quantizer.scheme.group_size, 0, True)
-    return values, float(weight.min()), float(weight.max())
+    return values.contiguous(), float(weight.min()), float(weight.max())
