@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bitsmith.errors import SchemeError
 from bitsmith.export import load, save
 from bitsmith.export.native import stored_tensors
+from bitsmith.methods.budget_search import BudgetSearch
 from bitsmith.quantization import (
     Budget,
     BudgetCost,
@@ -21,6 +22,7 @@ from bitsmith.quantization import (
     Scheme,
     allocate,
     calibrate,
+    collapse,
     commit,
     measure,
     plan_of,
@@ -288,6 +290,32 @@ def test_sensitivity_of_its_rows_sums_to_that_of_the_table() -> None:
     assert not each[unseen].any()
     if 10 not in TOKENS:
         torch.testing.assert_close(each.sum(), whole[0])
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_search_within_bytes_decides_its_width_like_any_other(groups: int) -> None:
+    model = Language(tied=True)
+    prepare(model, Scheme(bits=8, granularity="channel", grid="asymmetric"), None, first_last_bits=None)
+    budget = {"weight_bytes": 0.35}
+    search = BudgetSearch(budget, TOKENS, candidates=(2, 4, 8), channel_groups=groups, search_share=0.75)
+    search.attach(model)
+    calibrate(model, [TOKENS])
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    for step in range(8):
+        F.cross_entropy(model(TOKENS).flatten(0, 1), TOKENS.flatten()).backward()
+        if step < 6:  # decided afterwards
+            search.penalty().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        search.after_step(step, 8)
+    assert any("embedding.weight" in name for name in search.cost.sites)
+    commit(model, search.plan())
+    collapse(model)
+    packed = finalize(model.eval(), TOKENS)
+    payload = sum(t.numel() * t.element_size() for t in stored_tensors(packed).values())
+    report = measure(model, TOKENS).report()
+    assert report["weight_bytes"] == payload <= 0.35 * report["weight_bytes_float"]
+    assert torch.equal(packed(TOKENS), model(TOKENS))
 
 
 # ---- tied to the head
