@@ -143,8 +143,7 @@ class PackedWeight(nn.Module):
         return halves.view(self.scale.shape)
 
     def forward(self) -> Tensor:
-        zero_points = self.zero_points()
-        return self._values(self.integers(), self.scale, self.half_step(), zero_points)
+        return self._values(self.integers(), self.scale, self.half_step(), self.zero_points())
 
     def rows(self, index: Tensor) -> Tensor:
         """``forward()[index]`` (N, length) for the channels ``index`` (N,) of a weight of two axes: only they

@@ -65,6 +65,10 @@ class QuantTransposedLinear(nn.Module):
             weight = self.weight_quantizer(weight.clone(memory_format=torch.contiguous_format))
         return F.linear(x if self.input_quantizer is None else self.input_quantizer(x), weight, self.bias)
 
+    def extra_repr(self) -> str:
+        """Features, for print(model)."""
+        return "in_features={}, out_features={}".format(*self.weight.shape)
+
 
 class QuantEmbedding(nn.Embedding):
     """nn.Embedding with a quantized table. Rows are looked up and then quantized, each with its own scales:
