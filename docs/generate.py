@@ -68,8 +68,10 @@ MEANING = {
     "scheme.bits": "1 to 8; 32 leaves the site in float; of a weight per channel also a list, one width for each output "
     "channel",
     "scheme.granularity": "what shares a scale; `token` is for activations with `range: dynamic`",
-    "scheme.group_size": "values per group, with `granularity: group`",
-    "scheme.grid": "which values a code stands for; `auto`: by bit-width and by what calibration sees",
+    "scheme.group_size": "values per group, with `granularity: group`; the last of a row may be ragged where the target "
+    "holds that",
+    "scheme.grid": "which values a code stands for; `auto`: by bit-width and by what calibration sees, never asymmetric "
+    "where the range is dynamic",
     "scheme.range": "where the scale comes from: learned (`lsq`, `lsq+`, `pact`), from the weights (`dorefa`), as "
     "calibrated (`static`), or from each tensor as it comes (`dynamic`)",
     "scheme.calibration": "where the scale starts",
@@ -149,6 +151,9 @@ Bits in the file: a width that a format does not have is stored in the next wide
 the container. Activations may have any width from 1 to 8 with every target; they are never stored. Where the output
 channels of a weight have widths of their own, a target stores each channel at its width, all in the container of the
 widest, or refuses it.
+
+Weights in groups have a scale for each group, also for a ragged last one (not in `onnxruntime`), and on an asymmetric
+grid a zero point, stored at the width of the codes: see [layers and weight formats](layers.md).
 
 These targets are built in. A device of your own is described in a JSON file, which is named wherever a target is: see
 [Targets of your own](custom_targets.md).

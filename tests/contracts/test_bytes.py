@@ -5,28 +5,52 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bitsmith.export import native, to_onnx
 from bitsmith.files import load_tensors
 from bitsmith.quantization import Scheme, calibrate, commit, measure, plan_of, prepare, sites
 from bitsmith.quantization.finalize import finalize
+from bitsmith.quantization.layers import QuantTransposedLinear
 from bitsmith.tasks.models import build
+from tests.quantization.test_swaps import InOut
+
+
+class Language(nn.Module):
+    """Tokens (N, T) -> logits: a table tied to the head, positions, a layer whose weight is (in, out)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(13, 11), nn.Embedding(5, 11)
+        self.middle, self.head = InOut(11, 11), nn.Linear(11, 13, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1]))
+        y: Tensor = self.head(torch.relu(self.middle(x)))
+        return y
+
 
 IMAGES = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+TOKENS = torch.randint(0, 13, (8, 5), generator=torch.Generator().manual_seed(0))
 MODELS = {"digits_cnn": {}, "digits_vit": {"width": 8, "depth": 1, "heads": 2, "hidden": 16}}
+
+
+def inputs(name: str) -> Tensor:
+    return TOKENS if name == "language" else IMAGES
 
 
 def mixed(name: str, target: str, weights: Scheme, activations: Scheme | None) -> nn.Module:
     """Every width from 1 to 8 somewhere."""
-    model = build(name, seed=0, **MODELS[name])
-    prepare(model, weights, activations, target=target)
-    calibrate(model, [IMAGES])
+    torch.manual_seed(0)
+    model = Language() if name == "language" else build(name, seed=0, **MODELS[name])
+    prepare(model, weights, activations, target=target, swaps={InOut: QuantTransposedLinear})
+    calibrate(model, [inputs(name)])
     commit(model, {site: 1 + (3 * index) % 8 for index, site in enumerate(sites(model))})
     return model.eval()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, "language"])
 @pytest.mark.parametrize(
     ("weights", "activations"),
     [
@@ -34,17 +58,21 @@ def mixed(name: str, target: str, weights: Scheme, activations: Scheme | None) -
         (Scheme(granularity="tensor"), Scheme(range="lsq+")),
         (Scheme(granularity="group", group_size=5), Scheme(range="dynamic", granularity="token")),
         (Scheme(granularity="channel", grid="asymmetric"), None),
+        (
+            Scheme(granularity="group", group_size=4, grid="asymmetric"),
+            Scheme(range="dynamic", granularity="token", grid="asymmetric"),
+        ),
     ],
-    ids=["channel", "tensor", "group", "weight-only"],
+    ids=["channel", "tensor", "group", "weight-only", "asymmetric groups"],
 )
 def test_native_payload_is_the_plans_bytes(
     name: str, weights: Scheme, activations: Scheme | None, tmp_path: Path
 ) -> None:
     model = mixed(name, "native", weights, activations)
-    native.save(finalize(model, IMAGES), tmp_path)
+    native.save(finalize(model, inputs(name)), tmp_path)
     tensors, _ = load_tensors(tmp_path / "model.safetensors")
     payload = sum(t.numel() * t.element_size() for t in tensors.values())
-    report = measure(model, IMAGES).report()
+    report = measure(model, inputs(name)).report()
     assert report["weight_bytes"] == payload
     assert report["weight_bytes_float"] > payload
 

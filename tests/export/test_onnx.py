@@ -191,3 +191,36 @@ def test_a_foreign_onnx_file_cannot_be_watched(path: Path, tmp_path: Path) -> No
     onnx.save(model, tmp_path / "foreign.onnx")
     with pytest.raises(FormatError, match="not written by Bitsmith"):
         open_probe(tmp_path / "foreign.onnx")
+
+
+class Language(nn.Module):
+    """Tokens (N, T) -> logits, the table tied to the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.hidden = nn.Embedding(11, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(torch.relu(self.hidden(self.embedding(tokens))))
+        return logits
+
+
+@pytest.mark.parametrize("granularity", ["channel", "group"])
+def test_rows_of_a_table_are_gathered_from_the_one_that_the_head_has(
+    granularity: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, tokens = Language(), torch.randint(0, 11, (6, 5))
+    size = 4 if granularity == "group" else None
+    weights = Scheme(bits=4, granularity=granularity, group_size=size)  # type: ignore[arg-type]
+    prepare(model, weights, Scheme(bits=8), target="onnxruntime", first_last_bits=None)
+    calibrate(model, [tokens])
+    packed = finalize(model.eval(), tokens)
+    to_onnx(packed, tmp_path / "model.onnx", tokens)
+    file = onnx.load(tmp_path / "model.onnx")
+    assert sum(i.name == "embedding.weight.codes" for i in file.graph.initializer) == 1
+    assert not any(i.name == "head.weight.codes" for i in file.graph.initializer)
+    (found,) = run(session(tmp_path / "model.onnx"), tokens)
+    torch.testing.assert_close(found, packed(tokens), rtol=1e-5, atol=1e-5)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitsmith.numerics.blocks import GRANULARITIES, from_groups, group_count, rows_of, to_groups
+from bitsmith.numerics.blocks import GRANULARITIES, from_groups, group_count, rows_of, shared_axes, to_groups
 
 
 @given(
@@ -77,3 +77,11 @@ def test_rows_are_the_values_that_share_a_scale(
 def test_an_unknown_granularity_is_refused_with_the_choices() -> None:
     with pytest.raises(ValueError, match=r"'row' is not one of .*channel"):
         rows_of(IMAGE, "row", None, 0, True)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "token"])
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_shared_axes_are_those_of_the_rows(granularity: str, axis: int) -> None:
+    x = torch.randn(2, 3, 4)
+    over_axes = x.amax(shared_axes(3, granularity, axis)).flatten()
+    assert torch.equal(over_axes, rows_of(x, granularity, None, axis, False).amax(1))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bitsmith.numerics.pack import pack, pack_runs, packed_size, unpack, unpack_runs
+from bitsmith.numerics.pack import pack, pack_runs, packed_size, unpack, unpack_at, unpack_runs
 from tests import strategies
 
 
@@ -93,3 +93,17 @@ def test_runs_are_one_little_endian_number_and_come_back(examples: list[tuple[Te
 def test_runs_of_another_length_are_refused() -> None:
     with pytest.raises(ValueError, match="22 bits of codes take 3 bytes, got 4"):
         unpack_runs(torch.zeros(4, dtype=torch.uint8), [(2, 5, -2), (4, 3, -8)])
+
+
+@given(st.lists(st.tuples(strategies.bit_widths, st.integers(1, 20)), min_size=1, max_size=4), st.data())
+def test_single_codes_are_found_wherever_they_begin(
+    sizes: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    generator = torch.Generator().manual_seed(sum(n for _, n in sizes))
+    runs = [(torch.randint(-3, 2**b - 3, (n,), generator=generator), b, -3) for b, n in sizes]
+    codes = torch.cat([run for run, *_ in runs])
+    bits = torch.cat([torch.full((n,), b) for b, n in sizes])
+    index = torch.tensor(data.draw(st.lists(st.integers(0, len(codes) - 1), min_size=1, max_size=9)))
+    found = unpack_at(pack_runs(runs), (bits.cumsum(0) - bits)[index], bits[index], -3)
+    assert found.dtype == torch.int16
+    assert torch.equal(found.long(), codes[index])

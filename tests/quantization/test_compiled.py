@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from bitsmith.quantization import FixedBits, Scheme, calibrate, prepare, sites
+from bitsmith.quantization import FixedBits, Scheme, calibrate, prepare, set_bits, sites
 
 WEIGHT, INPUT = Scheme(bits=4, granularity="channel"), Scheme(bits=4)
 X = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
@@ -18,6 +18,7 @@ CASES = {
     ),
     "noise, one scale": (Scheme(bits=3, estimator="stochastic"), INPUT.replace(estimator="smooth")),
     "dorefa, pact": (Scheme(bits=2, range="dorefa"), INPUT.replace(range="pact")),
+    "asymmetric tokens": (WEIGHT, Scheme(bits=4, granularity="token", range="dynamic", grid="asymmetric")),
 }
 
 
@@ -94,3 +95,22 @@ def test_a_site_decided_for_float_compiles_to_float() -> None:
     for quantizer in sites(net).values():
         quantizer.commit(32)
     assert torch.equal(compiled(X), nn.functional.linear(X, net.weight, net.bias))
+
+
+@pytest.mark.parametrize("weights", [WEIGHT, CASES["ragged groups, tokens"][0]], ids=["channel", "group"])
+def test_a_table_has_one_graph_for_all_its_widths_and_lookups(
+    weights: Scheme,
+) -> None:
+    torch.manual_seed(0)
+    table = nn.Embedding(9, 6)
+    prepare(table, weights, None, first_last_bits=None)
+    set_bits(table, {"weight": FixedBits(3, [3, 8])})
+    torch.compiler.reset()
+    counter = CompileCounter()
+    forward = torch.compile(table, backend=counter, fullgraph=True)
+    for bits in (3, 8):
+        sites(table)["weight"].bits.commit(bits)
+        for start in range(3):
+            tokens = torch.arange(start, start + 6).view(2, 3)
+            assert torch.equal(forward(tokens), table(tokens))
+    assert counter.frame_count == 1

@@ -110,7 +110,7 @@ def test_bytes_are_those_by_hand() -> None:
 def test_codes_are_padded_to_bytes_and_zero_points_counted() -> None:
     model = nn.Sequential(nn.Linear(3, 3, bias=False))
     prepare(model, Scheme(bits=3, granularity="channel", grid="asymmetric"), None, first_last_bits=None)
-    assert measure(model, torch.randn(1, 3)).report()["weight_bytes"] == 4 + 2 * 3 * 4  # 27 bits
+    assert measure(model, torch.randn(1, 3)).report()["weight_bytes"] == 4 + 3 * 4 + 2  # 27, 9 bits
 
 
 def test_onnx_containers_hold_three_bits_in_four_and_five_in_eight() -> None:
@@ -140,11 +140,15 @@ def test_a_tied_weight_is_stored_once_and_costs_its_bits_in_both_products() -> N
     assert report["average_weight_bits"] == 2
 
 
-def test_an_embedding_that_shares_a_quantized_weight_is_stored_in_float_as_well() -> None:
+def test_a_module_without_quantized_form_that_shares_a_quantized_weight_stores_it_in_float_as_well() -> None:
+    class Scaled(nn.Embedding):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return 2 * super().forward(tokens)
+
     class Language(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.embedding, self.head = nn.Embedding(10, 4), nn.Linear(4, 10, bias=False)
+            self.embedding, self.head = Scaled(10, 4), nn.Linear(4, 10, bias=False)
             self.head.weight = self.embedding.weight
 
         def forward(self, tokens: Tensor) -> Tensor:

@@ -25,9 +25,9 @@ from bitsmith.quantization import (
     sites,
 )
 from bitsmith.quantization.categorical import Categorical
+from bitsmith.quantization.coverage import coverage
 from bitsmith.quantization.finalize import finalize
 from bitsmith.quantization.integer_layers import FloatWeight, packed_sites
-from bitsmith.quantization.prepare import coverage
 from bitsmith.tasks.models import build
 
 W4, A4 = Scheme(bits=4, granularity="channel"), Scheme(bits=4)

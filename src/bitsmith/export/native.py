@@ -1,10 +1,12 @@
 """Native: a packed model as a folder of two files that any Bitsmith loads, without training code.
 
     model.safetensors   every buffer of the packed model under its qualified name: codes at their true width,
-                        scales, zero points, biases, what stayed in float; a tied weight once. Where output
-                        channels have widths of their own, those of the least width come first in the codes
+                        scales, zero points (of a weight at the width of its codes), biases, what stayed in
+                        float; a tied weight once. Where output channels have widths of their own, those of
+                        the least width come first in the codes
     config.json         {"format": "bitsmith", "version": 1, "model": {"name", "arguments"} | null,
-                         "layers": {name: {"kind", "weight", "input" | "left" | "right", "geometry"}},
+                         "layers": {name: {"kind", "weight", "input" | "left" | "right", "geometry",
+                                           "transposed"}},
                          "folded": {BatchNorm: layer}}; it says per site bits, grid and granularity
 
 Nothing in them is executable: a built-in model is rebuilt by name from a fixed table (a name of the form
@@ -39,10 +41,12 @@ from bitsmith.quantization.integer_layers import (
     Form,
     FrozenQuantizer,
     IntegerConv,
+    IntegerEmbedding,
     IntegerLayer,
     IntegerLinear,
     IntegerMatMul,
     PackedWeight,
+    pack_codes,
     packed_layers,
 )
 from bitsmith.quantization.layers import MatMul
@@ -54,6 +58,7 @@ CONFIG_DIGEST = "config_sha256"
 FLOAT_LAYERS: dict[str, tuple[type[nn.Module], ...]] = {
     "linear": (nn.Linear,),
     "conv": (nn.Conv1d, nn.Conv2d),
+    "embedding": (nn.Embedding,),
     "matmul": (MatMul,),
 }
 
@@ -147,6 +152,8 @@ def _describe(name: str, layer: IntegerLayer, layers: dict[str, IntegerLayer]) -
         entry["weight"] = {"float": True}
     else:
         entry["weight"] = layer.weight.form.to_dict()
+    if isinstance(layer, IntegerLinear) and layer.transposed:
+        entry["transposed"] = True
     if isinstance(layer, IntegerConv):
         entry["geometry"] = vars(layer.geometry)
     return entry
@@ -186,22 +193,24 @@ def _assemble(
     made: dict[str, Any] = {}
     for name, entry in config["layers"].items():
         kind = entry["kind"]
-        if name not in modules or not isinstance(modules[name], FLOAT_LAYERS[kind]):
+        transposed = entry.get("transposed") is True
+        if name not in modules or not _is_a(modules[name], kind, transposed):
             raise FormatError(
                 "this layer of the file is not in the model",
                 where=f"{where}: {name}",
                 got=type(modules[name]).__name__ if name in modules else "no such module",
-                expected=f"a {kind} layer",
+                expected=f"a {kind} layer" + ", its weight (in, out)" * transposed,
                 remedy="Load into the architecture that was trained",
             )
         made[name] = _layer(name, entry, tensors, made)
         weight, before = getattr(made[name], "weight", None), getattr(modules[name], "weight", None)
-        if weight is not None and before is not None and tuple(weight.shape) != tuple(before.shape):
+        shape = None if weight is None else tuple(weight.shape)[:: -1 if transposed else 1]
+        if weight is not None and before is not None and shape != tuple(before.shape):
             raise FormatError(
                 "this layer has another shape in the model",
                 where=f"{where}: {name}",
                 got=tuple(before.shape),
-                expected=tuple(weight.shape),
+                expected=shape,
                 remedy="Load into the architecture that was trained",
             )
         memo[id(modules[name])] = made[name]
@@ -230,6 +239,17 @@ def _assemble(
     return model.requires_grad_(False).eval()
 
 
+def _is_a(module: nn.Module, kind: str, transposed: bool) -> bool:
+    """Whether a layer of the file may take the module's place. One whose weight is (in, out) is of a class
+    that only its package knows: it is told by what it has."""
+    known = FLOAT_LAYERS[kind]
+    if not transposed:
+        return isinstance(module, known)
+    every = tuple(c for classes in FLOAT_LAYERS.values() for c in classes)
+    weight = getattr(module, "weight", None)
+    return kind == "linear" and not isinstance(module, every) and getattr(weight, "ndim", 0) == 2
+
+
 def _layer(
     name: str, entry: dict[str, Any], tensors: dict[str, Tensor], made: dict[str, Any]
 ) -> IntegerLayer:
@@ -237,24 +257,28 @@ def _layer(
     kind = entry["kind"]
     if kind == "matmul":
         return IntegerMatMul(*(_quantizer(f"{prefix}{o}", entry.get(o), tensors) for o in ("left", "right")))
-    weight = _weight(f"{prefix}weight", entry["weight"], tensors, made)
+    transposed = entry.get("transposed") is True
+    weight = _weight(f"{prefix}weight", entry["weight"], tensors, made, transposed)
+    if kind == "embedding":
+        return IntegerEmbedding(weight)
     input, bias = _quantizer(f"{prefix}input", entry.get("input"), tensors), tensors.get(f"{prefix}bias")
     if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
         raise ValueError(f"{prefix}bias has shape {tuple(bias.shape)}")
     if kind == "linear":
-        return IntegerLinear(weight, input, bias)
+        return IntegerLinear(weight, input, bias, transposed)
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["geometry"].items()}
     return IntegerConv(weight, input, bias, ConvGeometry(**values))
 
 
 def _weight(
-    site: str, entry: dict[str, Any], tensors: dict[str, Tensor], made: dict[str, Any]
+    site: str, entry: dict[str, Any], tensors: dict[str, Tensor], made: dict[str, Any], transposed: bool
 ) -> PackedWeight | FloatWeight:
     if "tied_to" in entry:
         weight: PackedWeight | FloatWeight = made[entry["tied_to"]].weight
         return weight
     if entry.get("float") is True:
-        return FloatWeight(_floats(f"{site}.values", tensors))
+        values = _floats(f"{site}.values", tensors)
+        return FloatWeight(values.t().contiguous().t() if transposed else values)  # to be summed as before
     form = _form(site, entry)
     if form.shape is None:
         raise ValueError(f"{site} has no shape")
@@ -264,8 +288,7 @@ def _weight(
         raise ValueError(
             f"{site} has {len(form.bits)} widths, which is not one for each of its {rows} channels"
         )
-    size = packed_size(length * (sum(form.bits) if isinstance(form.bits, tuple) else rows * form.bits), 1)
-    if codes.dtype != torch.uint8 or codes.numel() != size:
+    if codes.dtype != torch.uint8 or codes.numel() != _size(form, rows * length):
         raise ValueError(
             f"{site} has {codes.numel()} bytes of codes, which are not {in_words(form.bits)} bits each"
         )
@@ -273,9 +296,18 @@ def _weight(
     if scale.numel() != {"tensor": 1, "channel": rows, "group": rows * groups}[form.granularity]:
         raise ValueError(f"{site} has {scale.numel()} scales, which is not one per {form.granularity}")
     zero_point = tensors.get(f"{site}.zero_point")
-    if zero_point is not None and zero_point.shape != scale.shape:
-        raise ValueError(f"{site} has {zero_point.numel()} zero points")
+    if zero_point is not None:
+        if zero_point.is_floating_point() and zero_point.shape == scale.shape:  # as the first files held them
+            zero_point = tensors[f"{site}.zero_point"] = pack_codes(zero_point, form)
+        if zero_point.dtype != torch.uint8 or zero_point.numel() != _size(form, scale.numel()):
+            raise ValueError(f"{site} has {zero_point.numel()} bytes of zero points")
     return PackedWeight(codes, form, scale, zero_point)
+
+
+def _size(form: Form, count: int) -> int:
+    """Bytes of ``count`` codes or zero points; where channels have widths of their own, as many of each."""
+    widths = form.bits if isinstance(form.bits, tuple) else (form.bits,)
+    return packed_size(count // len(widths) * sum(widths), 1)
 
 
 def _quantizer(site: str, entry: dict[str, Any] | None, tensors: dict[str, Tensor]) -> FrozenQuantizer | None:

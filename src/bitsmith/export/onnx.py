@@ -157,6 +157,9 @@ class _WeightNode(nn.Module):
     def forward(self) -> Tensor:
         return _placeholder("Weight", (), self.site, self.shape)
 
+    def rows(self, index: Tensor) -> Tensor:
+        return torch.nn.functional.embedding(index, self())
+
 
 class _QuantizerNode(nn.Module):
     def __init__(self, site: str) -> None:

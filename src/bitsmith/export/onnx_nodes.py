@@ -134,8 +134,9 @@ def _weight_nodes(graph: Any, site: str, w: Any) -> list[Any]:
     graph.initializer.append(_integers(f"{site}.codes", w.integers().view(shape), kind, container))
     _add_once(graph, f"{site}.scale", scale.numpy())
     inputs = [f"{site}.codes", f"{site}.scale"]
-    if w.zero_point is not None or container == 8:
-        zeros = torch.zeros_like(scale) if w.zero_point is None else w.zero_point.view(scale.shape)
+    zeros = w.zero_points()
+    if zeros is not None or container == 8:
+        zeros = torch.zeros_like(scale) if zeros is None else zeros.view(scale.shape)
         graph.initializer.append(_integers(f"{site}.zero_point", zeros.short(), kind, container))
         inputs.append(f"{site}.zero_point")
 

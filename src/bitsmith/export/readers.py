@@ -59,23 +59,34 @@ def _native_site(site: str, form: dict[str, Any], header: dict[str, Any], body: 
         start, end = entry["data_offsets"]
         return np.frombuffer(body[start:end], kind)
 
-    stored, bits = tensor("codes", "u1"), form["bits"]
-    codes = None
-    if stored is not None:
-        rows, *rest = form["shape"]
-        each = np.broadcast_to(np.array(bits), rows)  # one width, or one per output channel
-        grids = np.broadcast_to(np.array(form["grid"]), len(np.unique(each)))
-        codes, stream, start = np.zeros((rows, *rest), np.int64), np.unpackbits(stored, bitorder="little"), 0
-        for width, grid in zip(np.unique(each), grids, strict=True):  # channels of the least width first
-            at = each == width
-            end = start + codes[at].size * width
-            half = 2 ** (width - 1)
-            lowest = {"unsigned": 0, "asymmetric": 0, "balanced": 1 - half}.get(str(grid), -half)
-            values = stream[start:end].reshape(-1, width).astype(np.int64) @ (1 << np.arange(width)) + lowest
-            codes[at] = values.reshape(codes[at].shape)
-            start = end
-        codes = codes.reshape(-1)
-    return StoredSite(codes, tensor("scale", "<f4"), tensor("zero_point", "<f4"))
+    scale, stored = tensor("scale", "<f4"), tensor("codes", "u1")
+    if stored is None or scale is None:
+        return StoredSite(None, scale, tensor("zero_point", "<f4"))
+    zero_point, packed = None, header.get(f"{site}.zero_point")
+    if packed is not None:
+        one = "u1" if packed["dtype"] == "U8" else "<f4"  # the first files held them in float
+        zero_point = tensor("zero_point", one)
+        if zero_point is not None and one == "u1":
+            rows = form["shape"][0] if scale.size > 1 else 1
+            zero_point = _codes(zero_point, [rows, scale.size // rows], form).astype(np.float32)
+    return StoredSite(_codes(stored, form["shape"], form), scale, zero_point)
+
+
+def _codes(stored: Array, shape: list[int], form: dict[str, Any]) -> Array:
+    """The codes of this shape in a stream of bits, flat."""
+    rows = shape[0]
+    each = np.broadcast_to(np.array(form["bits"]), rows)  # one width, or one per output channel
+    grids = np.broadcast_to(np.array(form["grid"]), len(np.unique(each)))
+    codes, stream, start = np.zeros(shape, np.int64), np.unpackbits(stored, bitorder="little"), 0
+    for width, grid in zip(np.unique(each), grids, strict=True):  # channels of the least width first
+        at = each == width
+        end = start + codes[at].size * width
+        half = 2 ** (width - 1)
+        lowest = {"unsigned": 0, "asymmetric": 0, "balanced": 1 - half}.get(str(grid), -half)
+        values = stream[start:end].reshape(-1, width).astype(np.int64) @ (1 << np.arange(width)) + lowest
+        codes[at] = values.reshape(codes[at].shape)
+        start = end
+    return codes.reshape(-1)
 
 
 def read_onnx(path: Path) -> dict[str, StoredSite]:

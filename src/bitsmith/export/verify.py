@@ -32,7 +32,7 @@ from bitsmith.export.ties import first_differences, probe
 from bitsmith.numerics.blocks import from_groups
 from bitsmith.quantization.bits import in_words, mean_width
 from bitsmith.quantization.integer_layers import PackedWeight, packed_sites
-from bitsmith.quantization.layers import QuantLayer, QuantMatMul
+from bitsmith.quantization.layers import WITH_WEIGHTS, weight_of
 
 AGREEMENT = 0.995  # rows with the same prediction
 WITHIN = 0.99  # rows within the tolerance
@@ -113,6 +113,8 @@ def _check_stored(
                 wider[name] = f"{in_words(site.form.bits)} bits in {found.container}"
         for part in ("scale", "zero_point"):
             tensor = getattr(site, part)
+            if part == "zero_point" and isinstance(site, PackedWeight):
+                tensor = site.zero_points()
             values = getattr(found, part)
             if tensor is None and values is not None:
                 tensor = torch.zeros(values.shape)  # a runtime may want the zeros that we do not store
@@ -126,8 +128,8 @@ def trained_codes(trained: nn.Module) -> dict[str, Tensor]:
     """Weight site -> codes (int16, the weight's shape) of a prepared model, by its own quantizers."""
     codes = {}
     for layer in trained.modules():
-        if isinstance(layer, QuantLayer) and not isinstance(layer, QuantMatMul):
-            q, weight = layer.weight_quantizer, layer.weight
+        if isinstance(layer, WITH_WEIGHTS):
+            q, weight = layer.weight_quantizer, weight_of(layer)
             if q is not None and not q.bits.in_float:
                 grouped = q.scheme.group_size is not None
                 codes[q.name] = from_groups(q.codes(weight), weight, True) if grouped else q.codes(weight)

@@ -59,3 +59,11 @@ def rows_of(x: Tensor, granularity: Granularity, group_size: int | None, axis: i
         case "token":
             return x.flatten(0, -2)
     raise ValueError(f"granularity {granularity!r} is not one of {GRANULARITIES}")
+
+
+def shared_axes(ndim: int, granularity: Granularity, axis: int) -> list[int]:
+    """The axes along which values of a tensor (of groups: of its blocks) share a scale; ``axis``: its channel
+    axis."""
+    if granularity in ("token", "group"):
+        return [ndim - 1]
+    return [a for a in range(ndim) if granularity == "tensor" or a != axis % ndim]

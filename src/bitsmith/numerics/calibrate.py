@@ -244,6 +244,36 @@ def _least_divergence(x: Tensor, low: float, high: float, half: float, asymmetri
     return scales[divergence.argmin()], zero_point
 
 
+def range_of(
+    v: Tensor,
+    axes: list[int],
+    low: Tensor | float,
+    high: Tensor | float,
+    half: Tensor | float | None = None,
+    asymmetric: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """(scale, zero point) of a range that is found while it runs, over ``axes`` of v, which are kept; low and
+    high broadcast against the result. Training and packed models compute it here, hence alike.
+
+    Symmetric: the largest magnitude is the highest level; there is no zero point. Asymmetric:
+
+        s = (max - min) / (high - low),  z = round(low - min / s),  the range stretched to hold 0
+
+    which is ONNX's DynamicQuantizeLinear. The other form in use, ``s * q + min`` with a real offset (LoaQ's
+    activations, 2509.06297), loses no half step at the ends; but an integer z is what runtimes execute: 0 is
+    exact (padding, masks), and sums of integers correct a product of codes.
+    """
+    if not asymmetric:
+        steps = high if half is None else high + half
+        return (v.abs().amax(axes, keepdim=True).float() / steps).clamp(min=SMALLEST_STEP), None
+    lowest = v.amin(axes, keepdim=True).float().clamp(max=0)
+    highest = v.amax(axes, keepdim=True).float().clamp(min=0)
+    scale = ((highest - lowest) / (high - low)).clamp(min=SMALLEST_STEP)
+    zero_point = torch.round(-lowest / scale).clamp(max=high)  # low is 0
+    # Levels below 0 are those of the stand-in of a row in float, which clips nothing.
+    return scale, torch.where(torch.as_tensor(low, device=v.device) < 0, 0.0, zero_point)
+
+
 def dorefa(w: Tensor) -> Tensor:
     """tanh(w) stretched to w's own largest magnitude (1606.06160, eq. 9, without its change of scale).
 

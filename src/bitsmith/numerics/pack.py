@@ -86,3 +86,13 @@ def unpack_runs(packed: Tensor, runs: Sequence[tuple[int, int, int]]) -> list[Te
         found.append(unpack(piece, bits, count, low))
         start += bits * count
     return found
+
+
+def unpack_at(packed: Tensor, start: Tensor, bits: Tensor | int, low: Tensor | int) -> Tensor:
+    """The codes whose bits begin at ``start`` (int64, any shape) of a stream, each of ``bits``: int16. For a
+    few rows of a large table, of which nothing else is unpacked."""
+    first = start >> 3
+    after = (first + 1).clamp(max=packed.numel() - 1)  # a code lies in two bytes at most
+    word = packed[first].int() | (packed[after].int() << 8)
+    mask = (1 << bits) - 1
+    return (((word >> (start & 7)) & mask) + low).to(torch.int16)

@@ -6,10 +6,11 @@ from bitsmith.quantization.bits import BitWidth, FixedBits
 from bitsmith.quantization.budget import Budget, BudgetCost
 from bitsmith.quantization.cost import CostModel, measure
 from bitsmith.quantization.cost_table import CostTable
+from bitsmith.quantization.coverage import Coverage
 from bitsmith.quantization.layers import MatMul
 from bitsmith.quantization.observe import calibrate
 from bitsmith.quantization.plan import CommitReport, Plan, PlannedSite, collapse, commit, plan_of, set_bits
-from bitsmith.quantization.prepare import Coverage, parameter_groups, prepare
+from bitsmith.quantization.prepare import parameter_groups, prepare
 from bitsmith.quantization.quantizer import Quantizer, check_calibrated, redraw, sites
 from bitsmith.quantization.scheme import FLOAT, Scheme
 from bitsmith.quantization.target import TARGETS, Target, get_target

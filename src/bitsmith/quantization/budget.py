@@ -246,14 +246,14 @@ class BudgetCost:
         not list counts as the layer's dearest possible pair: nothing is gained by moving towards it."""
         table = self.tables.get(kind)
         listed = table is None or table.lists(layer.kind, layer.layer_macs, layer.weight_shape, first, second)
-        if listed or self.cost.target.multiplies(first, second):
+        if listed or layer.is_held_by(self.cost.target, first, second):
             return layer_cost(self.cost, kind, layer, first, second, table)
         return max(layer_cost(self.cost, kind, layer, *pair, table) for pair in self.pairs(layer))
 
     def pairs(self, layer: LayerCost) -> list[tuple[Any, int]]:
         """The pairs of widths that the operands of ``layer`` may have on this target."""
         first, second = (self.widths(site) for site in layer.operands)
-        return [(w, a) for w in first for a in second if self.cost.target.multiplies(w, a)]
+        return [(w, a) for w in first for a in second if layer.is_held_by(self.cost.target, w, a)]
 
     # The coefficients are made once; a step of a search then is a handful of small tensor operations.
 

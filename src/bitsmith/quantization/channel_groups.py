@@ -5,8 +5,8 @@ the products, elements and scales, and `joined` puts the widths of the groups ba
 for the site. So nothing that works with sites (`BudgetCost`, `allocate`) needs to know of groups.
 
 One thing is not a sum of parts: the codes of a weight fill whole bytes, and a byte may hold codes of two
-groups. Parts therefore count elements * bits / 8, less than a byte a layer below the file, and `allocate`
-forbids the plans that the file's bytes put over a limit.
+groups; so do zero points. Parts therefore count elements * bits / 8, less than a byte a layer below the file
+for each of the two, and `allocate` forbids the plans that the file's bytes put over a limit.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bitsmith.quantization.bits import Width
-from bitsmith.quantization.layers import SWAPS_BY_QUANT, QuantMatMul
+from bitsmith.quantization.layers import SWAPS_BY_QUANT, QuantMatMul, weight_of
 from bitsmith.quantization.liveness import Liveness, liveness
 from bitsmith.quantization.quantizer import Quantizer, sites
 from bitsmith.quantization.scheme import FLOAT
@@ -57,9 +57,10 @@ def is_float(bits: Any) -> bool:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One product of two operands, per sample.
+    """One product of two operands, per sample, or a lookup.
 
-    operands: the names of its two sites (sites that stay in float have no quantizer and count 32 bits).
+    operands: the names of its two sites (sites that stay in float have no quantizer and count 32 bits); of an
+    embedding, which multiplies nothing, the second is "".
     weight_elements, weight_scales, weight_zero_points: 0 for a MatMul, and for a tied weight the second time.
     activation_elements: site -> elements of the tensor. activation_scales: site -> scales and zero points
     that the file has of it, unless it is in float. part_of: the MACs of the whole layer, where this is the
@@ -78,6 +79,15 @@ class LayerCost:
     weight_shape: tuple[int, ...] = ()
     part_of: int = 0
     activation_scales: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites that it has."""
+        return tuple(site for site in self.operands if site)
+
+    def is_held_by(self, target: Target, first: Any, second: Any) -> bool:
+        """Whether ``target`` multiplies operands of these widths; a lookup needs no product."""
+        return len(self.sites) < 2 or target.multiplies(first, second)
 
     @property
     def layer_macs(self) -> int:
@@ -136,15 +146,17 @@ class CostModel:
     def layer_bytes(self, layer: LayerCost, bits: Bits) -> Any:
         """Bytes of a layer's weight, scales, zero points and bias."""
         width = bits.get(layer.operands[0], FLOAT) if layer.weight_elements else FLOAT
-        fixed = FLOAT_BYTES * layer.bias_elements
+        fixed: float = FLOAT_BYTES * layer.bias_elements
         if is_float(width):
             return fixed + FLOAT_BYTES * layer.weight_elements
-        fixed += FLOAT_BYTES * (layer.weight_scales + layer.weight_zero_points)
+        fixed += FLOAT_BYTES * layer.weight_scales
         if not is_whole(width):
-            return fixed + times(layer.weight_elements, width) / 8
+            return fixed + times(layer.weight_elements + layer.weight_zero_points, width) / 8
         width = int(width) if isinstance(width, float) else width
-        held = self.target.weight_bits(layer.weight_elements, width) / 8
-        return fixed + (held if layer.part_of else math.ceil(held))
+        for count in (layer.weight_elements, layer.weight_zero_points):  # zero points are stored like codes
+            held = self.target.weight_bits(count, width) / 8
+            fixed += held if layer.part_of else math.ceil(held)
+        return fixed
 
     def activation_bytes(self, bits: Bits) -> Any:
         """Peak bytes of the activations that live at one time, per sample; exact for integers."""
@@ -182,8 +194,8 @@ class CostModel:
                     "kind": layer.kind,
                     "macs": layer.macs,
                     "weight_bits": bits.get(layer.operands[0], FLOAT) if layer.kind != "MatMul" else None,
-                    "activation_bits": bits.get(layer.operands[1], FLOAT),
-                    "operand_bits": [bits.get(site, FLOAT) for site in layer.operands],
+                    "activation_bits": bits.get(layer.operands[1], FLOAT) if layer.operands[1] else None,
+                    "operand_bits": [bits.get(site, FLOAT) if site else None for site in layer.operands],
                     "weight_elements": layer.weight_elements,
                     "weight_bytes": self.layer_bytes(layer, bits),
                     "bops": times(layer.macs, bits.get(layer.operands[0], FLOAT))
@@ -206,11 +218,14 @@ def measure(model: nn.Module, example: Any, target: str | Target | None = None) 
     counted: set[int] = set()
     for entry in found.layers.values():
         layer = modules[entry.name]
-        first, second = (f"{entry.name}.{o}" if entry.name else o for o in SWAPS_BY_QUANT[type(layer)])
-        operands = (first, second)
+        first, *others = (f"{entry.name}.{o}" if entry.name else o for o in SWAPS_BY_QUANT[type(layer)])
+        second = others[0] if others else ""
+        operands, shape = (first, second), torch.Size()
         elements = scales = zero_points = bias = 0
         if not isinstance(layer, QuantMatMul):
-            bias = layer.weight.shape[0] if layer.bias is not None or entry.name in found.folds else 0
+            shape = weight_of(layer).shape
+            has_bias = getattr(layer, "bias", None) is not None
+            bias = shape[0] if has_bias or entry.name in found.folds else 0
             quantizer: Quantizer | None = layer.weight_quantizer
             if quantizer is not None:
                 operands = (quantizer.name, second)  # a tied weight answers to its first name
@@ -231,7 +246,7 @@ def measure(model: nn.Module, example: Any, target: str | Target | None = None) 
                 zero_points,
                 bias,
                 entry.operands,
-                () if isinstance(layer, QuantMatMul) else tuple(layer.weight.shape),
+                tuple(shape),
                 activation_scales={s: _stored(quantizers[s]) for s in entry.operands if s in quantizers},
             )
         )
@@ -242,7 +257,7 @@ def measure(model: nn.Module, example: Any, target: str | Target | None = None) 
         for name, t in model.state_dict(keep_vars=True).items()
         if isinstance(t, Tensor) and id(t) not in own and not _is_counter(t)
     }
-    # By owner, as an embedding that shares a quantized layer's weight keeps it in float.
+    # By owner, as a module that we do not quantize keeps a weight in float that a quantized layer shares.
     packed = {id(modules[name]) for name in (*found.layers, *found.folds.values())}
     kept = {id(t): t for name, t in plain.items() if id(modules[name.rpartition(".")[0]]) not in packed}
     return CostModel(

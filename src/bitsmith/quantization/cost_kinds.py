@@ -85,6 +85,8 @@ def layer_cost(
     if kind == "average_activation_bits":
         counts = [layer.activation_elements.get(site, 0) for site in layer.operands]
         return (times(counts[0], first) + counts[1] * second) / max(cost.elements[1], 1)
+    if len(layer.sites) < 2:
+        return 0.0  # tables list products
     whole = _table(kind, table).cost(
         layer.name, layer.kind, layer.layer_macs, layer.weight_shape, first, second
     )

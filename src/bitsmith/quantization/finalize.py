@@ -24,12 +24,21 @@ from bitsmith.quantization.integer_layers import (
     Form,
     FrozenQuantizer,
     IntegerConv,
+    IntegerEmbedding,
     IntegerLayer,
     IntegerLinear,
     IntegerMatMul,
     PackedWeight,
 )
-from bitsmith.quantization.layers import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear, QuantMatMul
+from bitsmith.quantization.layers import (
+    QuantConv1d,
+    QuantConv2d,
+    QuantEmbedding,
+    QuantLayer,
+    QuantMatMul,
+    QuantTransposedLinear,
+    weight_of,
+)
 from bitsmith.quantization.quantizer import Quantizer, check_calibrated
 from bitsmith.quantization.trace import trace
 
@@ -62,13 +71,15 @@ def pack_layer(layer: QuantLayer, norm: Any, weights: dict[int, PackedWeight | F
     """One layer packed, with ``norm`` folded into it; ``weights`` holds what tied layers share."""
     if isinstance(layer, QuantMatMul):
         return IntegerMatMul(freeze(layer.left_quantizer), freeze(layer.right_quantizer))
-    factor, bias = _fold(layer, norm)
+    factor, bias = (None, None) if isinstance(layer, QuantEmbedding) else _fold(layer, norm)
     if id(layer.weight) not in weights:
-        weights[id(layer.weight)] = pack_weight(layer.weight, layer.weight_quantizer, factor)
-    weight, input = weights[id(layer.weight)], freeze(layer.input_quantizer)
-    if isinstance(layer, QuantLinear):
-        return IntegerLinear(weight, input, bias)
-    assert isinstance(layer, QuantConv1d | QuantConv2d)
+        weights[id(layer.weight)] = pack_weight(weight_of(layer), layer.weight_quantizer, factor)
+    weight = weights[id(layer.weight)]
+    if isinstance(layer, QuantEmbedding):
+        return IntegerEmbedding(weight)
+    input = freeze(layer.input_quantizer)
+    if not isinstance(layer, QuantConv1d | QuantConv2d):
+        return IntegerLinear(weight, input, bias, isinstance(layer, QuantTransposedLinear))
     border = tuple(layer._reversed_padding_repeated_twice) if layer.padding_mode != "zeros" else ()
     geometry = ConvGeometry(
         layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode, border
@@ -83,12 +94,12 @@ def pack_weight(
     weight = weight.detach()
     if quantizer is None or quantizer.bits.in_float:
         return FloatWeight(_times(weight, factor, weight.ndim))
-    form, at = form_of(quantizer, tuple(weight.shape)), quantizer.levels()
-    codes, scale = quantizer.codes(weight), quantizer.stored_scale(weight)
+    form = form_of(quantizer, tuple(weight.shape))
+    codes, (scale, zero_point) = quantizer.codes(weight), quantizer.stored_range(weight)
     if form.group_size is not None:
         codes = from_groups(codes, weight, flatten=True)
-    zero_point = at.zero_point if bool(at.zero_point.any()) else None
-    return PackedWeight.from_codes(codes, form, _times(scale, factor, scale.ndim), zero_point)
+    stored = zero_point if quantizer.has_zero_point() else None
+    return PackedWeight.from_codes(codes, form, _times(scale, factor, scale.ndim), stored)
 
 
 def freeze(quantizer: Quantizer | None) -> FrozenQuantizer | None:
@@ -96,7 +107,7 @@ def freeze(quantizer: Quantizer | None) -> FrozenQuantizer | None:
     if quantizer is None or quantizer.bits.in_float:
         return None
     form, at = form_of(quantizer), quantizer.levels()
-    zero_point = at.zero_point.clone() if bool(at.zero_point.any()) else None
+    zero_point = at.zero_point.clone() if quantizer.has_zero_point() else None
     return FrozenQuantizer(form, None if form.dynamic else at.scale.clone(), zero_point)
 
 
@@ -115,7 +126,7 @@ def form_of(quantizer: Quantizer, shape: tuple[int, ...] | None = None) -> Form:
     )
 
 
-def _fold(layer: QuantLinear | QuantConv1d | QuantConv2d, norm: Any) -> tuple[Tensor | None, Tensor | None]:
+def _fold(layer: Any, norm: Any) -> tuple[Tensor | None, Tensor | None]:
     """(gamma / sigma (out,) float64, bias (out,)) of a layer and the BatchNorm behind it."""
     bias = None if layer.bias is None else layer.bias.detach().clone()
     if norm is None:

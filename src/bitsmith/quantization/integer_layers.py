@@ -1,10 +1,11 @@
 """Packed layers: what a trained model becomes at `finalize`, and what a loaded file is made of.
 
-Buffers only, no parameters and no training code: weight codes at their true width (numerics.pack), their
-scales, float biases, and activation quantizers frozen to their numbers. A buffer's name is its site's name
-plus `.codes`, `.scale` or `.zero_point`. Forward dequantizes the weight and calls the same float operator as
-training, with the same numerics; so it equals the trained forward bit for bit (BatchNorm folding aside).
-Weights are unpacked anew in every forward: that keeps the memory small, and costs a pass over the weights.
+Buffers only, no parameters and no training code: weight codes and their zero points at their true width
+(numerics.pack), scales, float biases, and activation quantizers frozen to their numbers. A buffer's name is
+its site's name plus `.codes`, `.scale` or `.zero_point`. Forward dequantizes the weight and calls the same
+float operator as training, with the same numerics; so it equals the trained forward bit for bit (BatchNorm
+folding aside). Weights are unpacked anew in every forward: that keeps the memory small, and costs a pass over
+the weights; of an embedding only the rows that are looked up.
 Making these layers from trained ones lives in finalize, from a file in export.native.
 """
 
@@ -19,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitsmith.numerics.affine import dequantize, quantize
-from bitsmith.numerics.blocks import Granularity, from_groups, to_groups
-from bitsmith.numerics.calibrate import SMALLEST_STEP
+from bitsmith.numerics.blocks import Granularity, from_groups, shared_axes, to_groups
+from bitsmith.numerics.calibrate import range_of
 from bitsmith.numerics.grid import Grid, bounds
-from bitsmith.numerics.pack import pack_runs, unpack_runs
+from bitsmith.numerics.pack import pack_runs, unpack_at, unpack_runs
 from bitsmith.quantization.bits import Width, in_words
 
 
@@ -31,8 +32,9 @@ class Form:
     """What a reader must know of a site besides its tensors.
 
     bits: one width, or one for each output channel of a weight; grid: one, or then one for each of these
-    widths, ascending. shape: of a weight. dynamic: an activation whose scale is the min-max of each tensor
-    as it comes, over all of it, over its last axis (token, group) or over all axes but ``axis`` (channel).
+    widths, ascending. shape: of a weight. dynamic: an activation whose scale, and on an asymmetric grid zero
+    point, is found in each tensor as it comes, over all of it, over its last axis (token, group) or over all
+    axes but ``axis`` (channel).
     """
 
     bits: Width
@@ -79,10 +81,10 @@ class PackedWeight(nn.Module):
 
     codes: Tensor  # uint8, numerics.pack
     scale: Tensor  # float32, broadcasts against the weight's blocks
-    zero_point: Tensor | None
+    zero_point: Tensor | None  # uint8, one for each scale, packed like the codes and at their width
 
     def __init__(self, codes: Tensor, form: Form, scale: Tensor, zero_point: Tensor | None = None) -> None:
-        """``codes``: packed bytes of ``form.shape`` stored codes."""
+        """``codes``: packed bytes of ``form.shape`` stored codes; ``zero_point``: of as many as scales."""
         super().__init__()
         assert form.shape is not None
         self.form, self.shape = form, torch.Size(form.shape)
@@ -92,23 +94,43 @@ class PackedWeight(nn.Module):
 
     @classmethod
     def from_codes(cls, codes: Tensor, form: Form, scale: Tensor, zero_point: Tensor | None) -> PackedWeight:
-        """Pack integer codes of the weight's shape, the channels of the least width first."""
-        packed = pack_runs([(codes[at], bits, low) for bits, (low, _, _), at in form.runs])
-        return cls(packed, form, scale, zero_point)
+        """Pack integer codes of the weight's shape, and zero points of the scale's, the channels of the least
+        width first."""
+        zero_points = None if zero_point is None else pack_codes(zero_point, form)
+        return cls(pack_codes(codes, form), form, scale, zero_points)
 
     def integers(self) -> Tensor:
         """The stored codes, int16 in the weight's shape."""
-        runs, length = self.form.runs, math.prod(self.shape[1:])
-        rows = [self.shape[0] if isinstance(at, slice) else len(at) for *_, at in runs]
+        return self._unpacked(self.codes, self.shape)
+
+    def zero_points(self) -> Tensor | None:
+        """The zero points, float32 in the shape of the scale."""
+        return None if self.zero_point is None else self._unpacked(self.zero_point, self.scale.shape).float()
+
+    def _unpacked(self, packed: Tensor, shape: torch.Size) -> Tensor:
+        runs, length = self.form.runs, math.prod(shape[1:])
+        rows = [shape[0] if isinstance(at, slice) else len(at) for *_, at in runs]
         found = unpack_runs(
-            self.codes, [(b, n * length, low) for (b, (low, _, _), _), n in zip(runs, rows, strict=True)]
+            packed, [(b, n * length, low) for (b, (low, _, _), _), n in zip(runs, rows, strict=True)]
         )
         if len(runs) == 1:
-            return found[0].view(self.shape)
-        codes = found[0].new_empty(self.shape)
+            return found[0].view(shape)
+        codes = found[0].new_empty(shape)
         for values, (*_, at) in zip(found, runs, strict=True):
-            codes[at.to(codes.device)] = values.view(-1, *self.shape[1:])
+            codes[at.to(codes.device)] = values.view(-1, *shape[1:])
         return codes
+
+    def _looked_up(self, packed: Tensor, length: int, index: Tensor) -> Tensor:
+        """Of what holds ``length`` codes a channel those of the channels ``index`` (N,): (N, length)."""
+        rows = self.shape[0]
+        bits, low, start = torch.empty(3, rows, dtype=torch.int64)
+        for width, (lowest, *_), at in self.form.runs:
+            bits[at], low[at] = width, lowest
+        order = torch.cat([torch.arange(rows)[at] for *_, at in self.form.runs])
+        size = bits[order] * length
+        start[order] = size.cumsum(0) - size
+        bits, low, start = (t.to(index.device).index_select(0, index)[:, None] for t in (bits, low, start))
+        return unpack_at(packed, start + bits * torch.arange(length, device=index.device), bits, low)
 
     def half_step(self) -> Tensor | float:
         """What the grid adds to a code, for all channels or each."""
@@ -121,16 +143,42 @@ class PackedWeight(nn.Module):
         return halves.view(self.scale.shape)
 
     def forward(self) -> Tensor:
-        half = self.half_step()
-        zero_point = 0.0 if self.zero_point is None else self.zero_point
-        codes = self.integers().float()
+        return self._values(self.integers(), self.scale, self.half_step(), self.zero_points())
+
+    def rows(self, index: Tensor) -> Tensor:
+        """``forward()[index]`` (N, length) for the channels ``index`` (N,) of a weight of two axes: only they
+        are unpacked. Raises IndexError for a channel that there is not."""
+
+        def of(values: Tensor) -> Tensor:
+            return values if values.ndim == 1 else values.index_select(0, index)
+
+        half, zero_points, scale = self.half_step(), self.zero_point, of(self.scale)
+        if zero_points is not None:
+            if self.scale.ndim == 1:
+                zero_points = self.zero_points()
+            else:
+                found = self._looked_up(zero_points, self.scale[0].numel(), index)
+                zero_points = found.view(scale.shape).float()
+        codes = self._looked_up(self.codes, self.shape[1], index)
+        return self._values(codes, scale, of(half) if isinstance(half, Tensor) else half, zero_points)
+
+    def _values(
+        self, codes: Tensor, scale: Tensor, half: Tensor | float, zero_points: Tensor | None
+    ) -> Tensor:
+        zero_point = 0.0 if zero_points is None else zero_points
+        codes = codes.float()
         if self.form.group_size is None:
-            return dequantize(codes, self.scale, half, zero_point)
+            return dequantize(codes, scale, half, zero_point)
         blocks = to_groups(codes, self.form.group_size, flatten=True)
-        return from_groups(dequantize(blocks, self.scale, half, zero_point), codes, flatten=True)
+        return from_groups(dequantize(blocks, scale, half, zero_point), codes, flatten=True)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.shape)}, {self.form}"
+
+
+def pack_codes(codes: Tensor, form: Form) -> Tensor:
+    """Codes or zero points of a weight, channels first, as one stream: uint8 (n,)."""
+    return pack_runs([(codes[at], bits, low) for bits, (low, _, _), at in form.runs])
 
 
 class FloatWeight(nn.Module):
@@ -145,6 +193,10 @@ class FloatWeight(nn.Module):
 
     def forward(self) -> Tensor:
         return self.values
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Some of them, as `PackedWeight.rows`."""
+        return self.values.index_select(0, index)
 
 
 class FrozenQuantizer(nn.Module):
@@ -161,39 +213,36 @@ class FrozenQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _, (low, high, half), _ = self.form.runs[0]
-        zero_point = 0.0 if self.zero_point is None else self.zero_point
         grouped = self.form.group_size is not None
-        blocks = to_groups(x, self.form.group_size, flatten=False) if grouped else x  # type: ignore[arg-type]
-        scale = self._min_max(blocks, high - zero_point + half) if self.scale is None else self.scale
-        values = dequantize(quantize(blocks, scale, low, high, half, zero_point), scale, half, zero_point)
+        v = to_groups(x, self.form.group_size, flatten=False) if grouped else x  # type: ignore[arg-type]
+        scale, found = self.scale, self.zero_point
+        if scale is None:
+            axes = shared_axes(v.ndim, self.form.granularity, self.form.axis)
+            scale, found = range_of(v, axes, low, high, half, self.form.grid == "asymmetric")
+        zero_point = 0.0 if found is None else found
+        values = dequantize(quantize(v, scale, low, high, half, zero_point), scale, half, zero_point)
         return from_groups(values, x, flatten=False) if grouped else values
-
-    def _min_max(self, v: Tensor, steps: Tensor | float) -> Tensor:
-        """Scale such that the largest magnitude of what shares it is the highest level."""
-        match self.form.granularity:
-            case "token" | "group":
-                axes = [v.ndim - 1]
-            case "channel":
-                axes = [a for a in range(v.ndim) if a != self.form.axis % v.ndim]
-            case _:
-                axes = list(range(v.ndim))
-        return (v.abs().amax(axes, keepdim=True) / steps).clamp(min=SMALLEST_STEP)
 
     def extra_repr(self) -> str:
         return str(self.form)
 
 
 class IntegerLinear(nn.Module):
-    """``x @ W.T + b`` with packed W: (..., in_features) -> (..., out_features)."""
+    """``x @ W.T + b`` with packed W: (..., in_features) -> (..., out_features). ``transposed``: it stands for
+    a layer that keeps its weight as (in, out); the codes are (out, in) all the same."""
 
     kind = "linear"
     bias: Tensor | None
 
     def __init__(
-        self, weight: PackedWeight | FloatWeight, input: FrozenQuantizer | None, bias: Tensor | None
+        self,
+        weight: PackedWeight | FloatWeight,
+        input: FrozenQuantizer | None,
+        bias: Tensor | None,
+        transposed: bool = False,
     ) -> None:
         super().__init__()
-        self.weight, self.input = weight, input
+        self.weight, self.input, self.transposed = weight, input, transposed
         self.out_features, self.in_features = weight.shape
         self.register_buffer("bias", bias)
 
@@ -240,6 +289,20 @@ class IntegerConv(nn.Module):
         return convolve(x, self.weight(), self.bias, g.stride, padding, g.dilation, g.groups)
 
 
+class IntegerEmbedding(nn.Module):
+    """Rows of a packed table: indices (...) -> (..., embedding_dim). Only the rows looked up are unpacked."""
+
+    kind = "embedding"
+
+    def __init__(self, weight: PackedWeight | FloatWeight) -> None:
+        super().__init__()
+        self.weight = weight
+        self.num_embeddings, self.embedding_dim = weight.shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight.rows(x.reshape(-1)).view(*x.shape, self.embedding_dim)
+
+
 class IntegerMatMul(nn.Module):
     """The product of two activations, ``left @ right``, each on its own grid (or in float)."""
 
@@ -266,7 +329,7 @@ class Folded(nn.Identity):
         return f"into {self.into}"
 
 
-IntegerLayer = IntegerLinear | IntegerConv | IntegerMatMul
+IntegerLayer = IntegerLinear | IntegerConv | IntegerEmbedding | IntegerMatMul
 
 
 def packed_layers(model: nn.Module) -> dict[str, IntegerLayer]:

@@ -280,7 +280,7 @@ class Program:
             )
             for kind in kinds
         }
-        allowed = np.array([[target.multiplies(w, a) for a in second] for w in first])
+        allowed = np.array([[layer.is_held_by(target, w, a) for a in second] for w in first])
         x1 = [int(self.start[c1]) + j for j in range(len(first))]
         x2 = [int(self.start[c2]) + k for k in range(len(second))]
         if c1 == c2:
@@ -312,14 +312,16 @@ class Program:
                 _add(self.costs[kind], column, table[pair])
 
     def _count_ragged(self) -> int:
-        """Layers in groups whose codes, group by group, do not fill whole bytes."""
+        """Layers in groups whose codes, group by group, do not fill whole bytes, and the same of their zero
+        points."""
         held, layers = self.cost.cost.target.weight_bits, self.cost.cost.layers
         return len(
             {
-                layer.name
+                (layer.name, what)
                 for layer in layers
+                for what in ("weight_elements", "weight_zero_points")
                 if layer.part_of
-                and any(held(layer.weight_elements, w) % 8 for w in self.cost.widths(layer.operands[0]))
+                and any(held(getattr(layer, what), w) % 8 for w in self.cost.widths(layer.operands[0]))
             }
         )
 

@@ -4,7 +4,11 @@ so that a float checkpoint loads into the prepared model and back; only quantize
 `prepare` makes them: it changes the class of a layer that stands in the model, so that parameters, hooks,
 ties and every reference to the layer stay what they were. A quantizer that is None leaves its operand in
 float. MatMul is a product of two activations as a module (the two of attention), because only a module can
-carry sites; a function call inside a forward cannot.
+carry sites; a function call inside a forward cannot. An embedding has one operand: its inputs are indices.
+
+Channels are the first axis of a weight. Where a layer keeps it as (in, out), as transformers' Conv1D does,
+`weight_of` is the transposed view, and whatever looks at weights goes through it: scales, widths per channel,
+groups of inputs, packing and cost are then a Linear's, and the parameter keeps the shape of its checkpoints.
 """
 
 from __future__ import annotations
@@ -39,6 +43,58 @@ class QuantLinear(nn.Linear):
         weight_quantizer, input_quantizer = self.weight_quantizer, self.input_quantizer
         weight = self.weight if weight_quantizer is None else weight_quantizer(self.weight)
         return F.linear(x if input_quantizer is None else input_quantizer(x), weight, self.bias)
+
+
+class QuantTransposedLinear(nn.Module):
+    """``x @ W + b`` with W (in, out), quantized weight and input: transformers' ``Conv1D``, the linear layer
+    of GPT-2, and any other that keeps its weight so. `prepare` makes it where ``swaps`` names the float
+    class: nothing here imports transformers. Turning the layer into an nn.Linear would take no class of its
+    own, but its checkpoints would no longer load.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    weight_quantizer: Quantizer | None
+    input_quantizer: Quantizer | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        weight: Tensor = self.weight.t()
+        if self.weight_quantizer is not None:
+            # As a packed weight lies, so that both sum in one order, and quantizers reduce along memory.
+            weight = self.weight_quantizer(weight.clone(memory_format=torch.contiguous_format))
+        return F.linear(x if self.input_quantizer is None else self.input_quantizer(x), weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """Features, for print(model)."""
+        return "in_features={}, out_features={}".format(*self.weight.shape)
+
+
+class QuantEmbedding(nn.Embedding):
+    """nn.Embedding with a quantized table. Rows are looked up and then quantized, each with its own scales:
+    a step costs what the batch needs, not the vocabulary.
+
+    The values are those of the quantized table, and so are the gradients, but for LSQ's gradient scale of a
+    table with one scale, which counts the values that were looked up. ``padding_idx`` keeps its meaning, a
+    row without gradient; on a grid without zero a row of zeros does not stay zero.
+    """
+
+    weight_quantizer: Quantizer | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Indices (...) -> (..., embedding_dim)."""
+        quantizer = self.weight_quantizer
+        if quantizer is None:
+            return super().forward(x)
+        if not quantizer.row_by_row:
+            return self._rows(x, quantizer(self.weight))
+        index = x.reshape(-1)
+        rows: Tensor = quantizer(self._rows(index, self.weight), index)
+        return rows.view(*x.shape, self.embedding_dim)
+
+    def _rows(self, x: Tensor, weight: Tensor) -> Tensor:
+        frequency, sparse = self.scale_grad_by_freq, self.sparse
+        return F.embedding(x, weight, self.padding_idx, scale_grad_by_freq=frequency, sparse=sparse)
 
 
 class QuantConv1d(nn.Conv1d):
@@ -81,27 +137,37 @@ class QuantMatMul(MatMul):
         return torch.matmul(left, right if self.right_quantizer is None else self.right_quantizer(right))
 
 
-QuantLayer = QuantLinear | QuantConv1d | QuantConv2d | QuantMatMul
+QuantLayer = QuantLinear | QuantTransposedLinear | QuantConv1d | QuantConv2d | QuantEmbedding | QuantMatMul
+WITH_WEIGHTS = (QuantLinear, QuantTransposedLinear, QuantConv1d, QuantConv2d, QuantEmbedding)
 
 # Float class -> its quantized form, and the operands that become sites.
 SWAPS: dict[type[nn.Module], tuple[type[nn.Module], tuple[str, ...]]] = {
     nn.Linear: (QuantLinear, ("weight", "input")),
     nn.Conv1d: (QuantConv1d, ("weight", "input")),
     nn.Conv2d: (QuantConv2d, ("weight", "input")),
+    nn.Embedding: (QuantEmbedding, ("weight",)),
     MatMul: (QuantMatMul, ("left", "right")),
+}
+SWAPS_BY_QUANT: dict[type[nn.Module], tuple[str, ...]] = {
+    **dict(SWAPS.values()),
+    QuantTransposedLinear: ("weight", "input"),  # of no class that we could name without its package
 }
 
 
+def weight_of(layer: nn.Module, kind: type[nn.Module] | None = None) -> Tensor:
+    """The weight of a layer as its quantizer sees it, channels first: the parameter, or its transposed view.
+    ``kind``: the quantized class, of a layer that is not prepared yet."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return weight.t() if issubclass(kind or type(layer), QuantTransposedLinear) else weight
+
+
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Site -> the weight that is quantized there; a tied one under its site's name."""
+    """Site -> the weight that is quantized there, as by `weight_of`; a tied one under its site's name."""
     return {
-        layer.weight_quantizer.name: layer.weight
+        layer.weight_quantizer.name: weight_of(layer)
         for layer in model.modules()
-        if isinstance(layer, (QuantLinear, QuantConv1d, QuantConv2d)) and layer.weight_quantizer is not None
+        if isinstance(layer, WITH_WEIGHTS) and layer.weight_quantizer is not None
     }
-
-
-SWAPS_BY_QUANT: dict[type[nn.Module], tuple[str, ...]] = dict(SWAPS.values())
 
 
 class SiteOperand(NamedTuple):
@@ -118,8 +184,8 @@ class SiteOperand(NamedTuple):
         return self.quantizer is None or self.quantizer.bits.in_float
 
 
-def layer_operands(model: nn.Module) -> Iterator[tuple[SiteOperand, SiteOperand]]:
-    """The two operands of every prepared layer: weight and input, or left and right."""
+def layer_operands(model: nn.Module) -> Iterator[tuple[SiteOperand, ...]]:
+    """The operands of every prepared layer: weight and input, left and right, or an embedding's weight."""
     owners: dict[int, str] = {}
     for name, layer in model.named_modules():
         found = []
@@ -132,7 +198,7 @@ def layer_operands(model: nn.Module) -> Iterator[tuple[SiteOperand, SiteOperand]
                 site = owners.setdefault(id(layer.weight), site)
             found.append(SiteOperand(site, "weight" if operand == "weight" else "activation", quantizer))
         if found:
-            yield found[0], found[1]
+            yield tuple(found)
 
 
 def _operands(layer: nn.Module) -> tuple[str, ...]:

@@ -144,9 +144,9 @@ class _Watch(TorchDispatchMode):
         at = self.index.get(_key(inputs[0]))
         if at is not None:
             self.last[at] = self.clock
-            if isinstance(module, Quantizer):
+            if _of_activation(module):
                 self.reads[at] += 1
-                self.readers[at].add(module.name)
+                self.readers[at].add(module.name)  # type: ignore[arg-type]
         self.inside += 1
 
     def leave(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class _Watch(TorchDispatchMode):
             output = output.clone()
         self.inside -= 1
         self.index[_key(output)] = self.index.get(_key(inputs[0]))
-        if isinstance(module, Quantizer):
+        if _of_activation(module):
             self.coded.add(_key(output))
         else:
             self.coded.discard(_key(output))
@@ -175,6 +175,10 @@ class _Watch(TorchDispatchMode):
         joined = len(from_one) == 1 and not read & self.coded and (at_once or pooled)
         for key in read:
             self.touch(key, in_float=key not in self.coded and not (joined and not made))
+        if read and all(key in self.index and self.index[key] is None for key in read):
+            for leaf in made:  # of weights alone: another form of them
+                self.index[_key(leaf)] = None
+            return output
         for leaf in made[:1] if pooled else made:  # a runtime keeps no indices of the largest
             self.make(leaf)
             if joined:
@@ -205,6 +209,11 @@ class _Watch(TorchDispatchMode):
             if any(self.last[i] < following for i in alive):  # else the next moment holds all of this one
                 moments.append(tuple(place[i] for i in alive))
         return Liveness(tuple(tensors), tuple(moments))
+
+
+def _of_activation(module: nn.Module) -> bool:
+    """Whether codes come out; what a weight's quantizer gives, also of rows looked up, are values."""
+    return isinstance(module, Quantizer) and module.kind == "activation"
 
 
 def _key(tensor: Tensor) -> int:

@@ -118,7 +118,7 @@ def fixed_parts(cost: BudgetCost, kind: str, bits: Mapping[str, Any]) -> list[tu
             elif kind == "average_activation_bits":
                 sites = tuple(s for s in layer.operands if s in layer.activation_elements)
             else:
-                sites = layer.operands
+                sites = layer.sites if layer.macs else ()
             if sites and not set(sites) <= free:
                 what = " x ".join(sites) + f" ({' x '.join(width(s) for s in sites)} bits)"
                 at = (bits.get(first, FLOAT), bits.get(second, FLOAT))

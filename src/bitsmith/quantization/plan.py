@@ -212,10 +212,10 @@ def commit(model: nn.Module, plan: Plan | Mapping[str, int | Sequence[int]]) -> 
     for name, width in bits.items():
         quantizers[name].check_commit(width)
     target = get_target(getattr(model, "bitsmith_target", "native"))
-    for first, second in pairs:
-        target.check_pair(
-            first.site, second.site, (bits.get(first.site, FLOAT), bits.get(second.site, FLOAT))
-        )
+    for pair in pairs:
+        if len(pair) == 2:
+            first, second = (operand.site for operand in pair)
+            target.check_pair(first, second, (bits.get(first, FLOAT), bits.get(second, FLOAT)))
     weights = weights_of(model)
     trained = {name: quantizers[name].commit(width, weights.get(name)) for name, width in bits.items()}
     return CommitReport(

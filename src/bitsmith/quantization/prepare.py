@@ -1,4 +1,4 @@
-"""prepare: from a float model to one whose tensors are sites, and a report of what became of each parameter.
+"""prepare: from a float model to one whose tensors are sites.
 
 Layers are swapped in place. Nothing is skipped in silence: a glob that matches no site is an error with the
 nearest names, and the coverage lists every parameter that stays in float with the reason.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -16,74 +16,21 @@ from torch import nn
 
 from bitsmith.errors import SchemeError, SiteError, listing, nearest
 from bitsmith.numerics.blocks import group_count
-from bitsmith.quantization.bits import Width, in_words
-from bitsmith.quantization.layers import SWAPS, SWAPS_BY_QUANT
+from bitsmith.quantization.coverage import Coverage, coverage
+from bitsmith.quantization.layers import (
+    SWAPS,
+    SWAPS_BY_QUANT,
+    QuantConv1d,
+    QuantConv2d,
+    QuantMatMul,
+    weight_of,
+)
 from bitsmith.quantization.quantizer import Quantizer, sites
 from bitsmith.quantization.rows import observe_weight
 from bitsmith.quantization.scheme import FLOAT, Scheme
 from bitsmith.quantization.target import Target, get_target
 
 FIRST_LAST_BITS = 8
-IN_FLOAT = "left in float by its scheme or plan"
-
-
-@dataclass(frozen=True)
-class Leftover:
-    """A parameter (or a site) that stays in float, and why."""
-
-    name: str
-    elements: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class CoveredSite:
-    """A quantized site, as the coverage shows it; bits: one width, or one per output channel."""
-
-    name: str
-    kind: str
-    bits: Width
-    grid: str
-    granularity: str
-    elements: int
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """What `prepare` did. Elements of weight sites and of leftovers sum to all parameters."""
-
-    sites: tuple[CoveredSite, ...]
-    leftovers: tuple[Leftover, ...]
-    parameters: int
-
-    @property
-    def quantized_share(self) -> float:
-        """Share of the parameters' elements that are quantized."""
-        return sum(s.elements for s in self.sites) / max(self.parameters, 1)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As coverage.json holds it."""
-        return {
-            "version": 1,
-            "parameters": self.parameters,
-            "quantized_share": self.quantized_share,
-            "sites": [asdict(s) for s in self.sites],
-            "leftovers": [asdict(x) for x in self.leftovers],
-        }
-
-    def __str__(self) -> str:
-        width = max((len(site.name) for site in self.sites), default=4)
-        why: dict[str, list[str]] = {}
-        for left in self.leftovers:
-            why.setdefault(left.reason, []).append(left.name)
-        lines = [
-            f"{len(self.sites)} sites; {self.quantized_share:.1%} of {self.parameters:,} parameters quantized"
-        ]
-        lines += [
-            f"  {s.name:<{width}}  {in_words(s.bits)} bits  {s.grid}, per {s.granularity}" for s in self.sites
-        ]
-        lines += [f"  float: {reason} ({', '.join(names)})" for reason, names in why.items()]
-        return "\n".join(lines)
 
 
 def prepare(
@@ -95,6 +42,7 @@ def prepare(
     target: str | Target = "native",
     first_last_bits: int | None = FIRST_LAST_BITS,
     check_pairs: bool = True,
+    swaps: Mapping[type[nn.Module], type[nn.Module]] | None = None,
 ) -> Coverage:
     """Swap the layers of ``model`` for quantized ones, in place, and calibrate the weights.
 
@@ -104,39 +52,46 @@ def prepare(
     where a search decides the widths, which then has to find pairs that the target multiplies. Activations
     need `calibrate` before the first forward.
 
-    Raises SiteError (no quantizable layer; a glob that matches nothing; prepared twice), SchemeError,
-    TargetError.
+    swaps: more float classes and the quantized class of each: ``{Conv1D: QuantTransposedLinear}`` for the
+    linear layers of transformers' GPT-2, which keep their weight as (in, out), or ``{MyLinear: QuantLinear}``
+    for a subclass whose forward is its parent's. Such a layer computes as its quantized class does, whatever
+    its own forward was; its parameters keep names and shapes, so that checkpoints still load.
+
+    Raises SiteError (no quantizable layer; a glob that matches nothing; prepared twice; a swap for a class
+    that is none of ours), SchemeError, TargetError.
     """
     target = get_target(target)
+    kinds = _kinds(swaps or {})
     if sites(model):
         raise SiteError(
             "this model is prepared already", remedy="Prepare a fresh float model, or commit another plan"
         )
-    operands = list(_operands(model))
+    operands = list(_operands(model, kinds))
     if not operands:
         raise SiteError(
             "this model has no layer to quantize",
             where=type(model).__name__,
-            expected="at least one nn.Linear, nn.Conv1d, nn.Conv2d or bitsmith MatMul",
-            remedy="Put products that live in forward() into such modules",
+            expected="at least one nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding or bitsmith MatMul",
+            remedy="Put products that live in forward() into such modules, or name other classes in swaps",
         )
     schemes, pinned = _schemes(operands, weights, activations, overrides or {}, first_last_bits)
     made: dict[str, Quantizer | None] = {}
     for operand in operands:  # all of them, before anything is changed: an error leaves the model as it was
         scheme = schemes[operand.site]
-        if operand.site in made or scheme is None or scheme.is_float:
+        if scheme is None or scheme.is_float:
             made.setdefault(operand.site, None)
             continue
-        target.check(operand.site, operand.kind, scheme, type(operand.layer).__name__)
+        target.check(operand.site, operand.kind, scheme, operand.swap.__name__.removeprefix("Quant"))
+        if operand.site in made:
+            continue
         quantizer = made[operand.site] = _quantizer(operand, scheme, target)
         quantizer.pinned = operand.site in pinned
         if operand.kind == "weight":
-            quantizer.calibrate(*observe_weight(quantizer, operand.layer.weight))
+            quantizer.calibrate(*observe_weight(quantizer, operand.weight))
     if check_pairs:
         _check_pairs(operands, schemes, target)
     for operand in operands:
-        if type(operand.layer) in SWAPS:
-            operand.layer.__class__ = SWAPS[type(operand.layer)][0]
+        operand.layer.__class__ = operand.swap
         setattr(operand.layer, f"{operand.name}_quantizer", made[operand.site])
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
@@ -146,36 +101,62 @@ def prepare(
     return coverage(model)
 
 
+def _kinds(swaps: Mapping[type[nn.Module], type[nn.Module]]) -> dict[type[nn.Module], type[nn.Module]]:
+    """Float class -> quantized class, ours and those of the user."""
+    for kind, swap in swaps.items():
+        if swap not in SWAPS_BY_QUANT:
+            raise SiteError(
+                "this is no quantized layer of Bitsmith's",
+                where=f"swaps.{kind.__name__}",
+                got=getattr(swap, "__name__", repr(swap)),
+                expected=listing(known.__name__ for known in SWAPS_BY_QUANT),
+            )
+    return {kind: swap for kind, (swap, _) in SWAPS.items()} | dict(swaps)
+
+
 def _check_pairs(operands: list[Operand], schemes: Mapping[str, Scheme | None], target: Target) -> None:
     """Refuse a layer whose two widths the target does not multiply; its operands stand beside each other."""
-    for first, second in zip(operands[::2], operands[1::2], strict=True):
+    for first, second in pairwise(operands):
+        if first.layer is not second.layer:
+            continue
         found = (schemes[first.site], schemes[second.site])
         widths = tuple(FLOAT if scheme is None else scheme.bits for scheme in found)
         target.check_pair(first.site, second.site, (widths[0], widths[1]))
 
 
 class Operand(NamedTuple):
-    """One operand of a layer, and its site: a tied weight is one site, named after its first layer."""
+    """One operand of a layer, and its site: a tied weight is one site, named after its first layer; and the
+    quantized class that the layer will have."""
 
     site: str
     name: str
     layer: Any
+    swap: type[nn.Module]
 
     @property
     def kind(self) -> str:
         return "weight" if self.name == "weight" else "activation"
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The layer's weight, channels first."""
+        return weight_of(self.layer, self.swap)
 
-def _operands(model: nn.Module) -> Iterator[Operand]:
+
+def _operands(model: nn.Module, kinds: Mapping[type[nn.Module], type[nn.Module]]) -> Iterator[Operand]:
     """Every operand that can be a site. Subclasses are left alone: their forward may not use the weight as
-    their parent does (nn.MultiheadAttention's out_proj is one)."""
+    their parent does (nn.MultiheadAttention's out_proj is one); so is an embedding with ``max_norm``, whose
+    forward changes the weight."""
     owners: dict[int, str] = {}
     for layer_name, layer in model.named_modules():
-        for operand in SWAPS[type(layer)][1] if type(layer) in SWAPS else ():
+        swap = kinds.get(type(layer))
+        if swap is None or getattr(layer, "max_norm", None) is not None:
+            continue
+        for operand in SWAPS_BY_QUANT[swap]:
             site = f"{layer_name}.{operand}" if layer_name else operand
             if operand == "weight":
                 site = owners.setdefault(id(layer.weight), site)
-            yield Operand(site, operand, layer)
+            yield Operand(site, operand, layer, swap)
 
 
 def _schemes(
@@ -219,22 +200,20 @@ def _schemes(
 
 def _quantizer(operand: Operand, scheme: Scheme, target: Target) -> Quantizer:
     """The quantizer of one operand, its number of scales and their shape."""
-    name, kind, layer = operand.site, operand.kind, operand.layer
+    name, kind = operand.site, operand.kind
     if kind == "activation":
         if scheme.granularity == "channel":
-            if isinstance(layer, nn.Linear):
-                return Quantizer(name, kind, scheme, channels=layer.in_features, view=(-1,), axis=-1)
-            if hasattr(layer, "in_channels"):
-                ones = (1,) * (layer.weight.ndim - 2)
-                return Quantizer(
-                    name, kind, scheme, channels=int(layer.in_channels), view=(-1, *ones), axis=1
+            if operand.swap is QuantMatMul:
+                raise SchemeError(
+                    "a MatMul operand has no channels",
+                    where=f"{name}.granularity",
+                    got="channel",
+                    expected="tensor or token",
                 )
-            raise SchemeError(
-                "a MatMul operand has no channels",
-                where=f"{name}.granularity",
-                got="channel",
-                expected="tensor or token",
-            )
+            if operand.swap in (QuantConv1d, QuantConv2d):
+                ones, channels = (1,) * (operand.weight.ndim - 2), int(operand.layer.in_channels)
+                return Quantizer(name, kind, scheme, channels=channels, view=(-1, *ones), axis=1)
+            return Quantizer(name, kind, scheme, channels=operand.weight.shape[1], view=(-1,), axis=-1)
         if scheme.granularity == "group":
             if scheme.range != "dynamic":
                 raise SchemeError(
@@ -244,7 +223,7 @@ def _quantizer(operand: Operand, scheme: Scheme, target: Target) -> Quantizer:
                     expected="dynamic",
                 )
         return Quantizer(name, kind, scheme)
-    weight: torch.Tensor = layer.weight
+    weight = operand.weight
     seq = "seq" in target.weight_grids and not (
         target.name == "onnxruntime" and scheme.granularity == "group"
     )
@@ -270,64 +249,6 @@ def _quantizer(operand: Operand, scheme: Scheme, target: Target) -> Quantizer:
 def _divisors(length: int) -> str:
     fits = [str(d) for d in range(2, length + 1) if length % d == 0]
     return ", ".join(fits[:-1]) + " or " + fits[-1] if len(fits) > 1 else "".join(fits)
-
-
-def coverage(model: nn.Module) -> Coverage:
-    """The coverage of a prepared model."""
-    covered: list[CoveredSite] = []
-    leftovers: list[Leftover] = []
-    done: set[int] = set()
-    own = {id(p) for q in sites(model).values() for p in q.parameters()}
-    for layer_name, layer in model.named_modules():
-        for operand in SWAPS_BY_QUANT.get(type(layer), ()):
-            quantizer: Quantizer | None = getattr(layer, f"{operand}_quantizer")
-            name = f"{layer_name}.{operand}" if layer_name else operand
-            in_float = quantizer is None or quantizer.bits.in_float
-            if in_float and operand != "weight":
-                leftovers.append(Leftover(name, 0, IN_FLOAT))
-            if quantizer is None or in_float or (operand == "weight" and id(layer.weight) in done):
-                continue
-            elements = layer.weight.numel() if operand == "weight" else 0
-            if operand == "weight":
-                done.add(id(layer.weight))
-            covered.append(
-                CoveredSite(
-                    name,
-                    quantizer.kind,
-                    quantizer.bits.whole(),
-                    quantizer.grid_name(),
-                    quantizer.scheme.granularity,
-                    elements,
-                )
-            )
-    total = sum(s.elements for s in covered)
-    for module_name, module in model.named_modules():
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in done or id(parameter) in own:
-                continue
-            done.add(id(parameter))
-            name = f"{module_name}.{parameter_name}" if module_name else parameter_name
-            leftovers.append(Leftover(name, parameter.numel(), _reason(module, parameter_name)))
-            total += parameter.numel()
-    return Coverage(tuple(covered), tuple(leftovers), total)
-
-
-def _reason(module: nn.Module, parameter_name: str) -> str:
-    kind = type(module).__name__
-    if parameter_name == "bias" and type(module) in SWAPS_BY_QUANT:
-        return "biases stay in float: added once per output, not multiplied"
-    if type(module) in SWAPS_BY_QUANT:
-        return IN_FLOAT
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return "BatchNorm, folded into the layer before it at finalize where it can be"
-    if "Norm" in kind:
-        return f"{kind}: normalisation stays in float"
-    parents = [base.__name__ for base in SWAPS if isinstance(module, base)]
-    if parents:
-        return f"{kind} is a subclass of {parents[0]} whose forward may use the weight differently"
-    if isinstance(module, nn.MultiheadAttention):
-        return f"no quantized form of {kind}: write it with nn.Linear and bitsmith.MatMul"
-    return f"no quantized form of {kind}"
 
 
 def parameter_groups(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bitsmith.errors import SiteError
 from bitsmith.numerics import affine, blocks
-from bitsmith.numerics.calibrate import SMALLEST_STEP, dorefa
+from bitsmith.numerics.calibrate import dorefa, range_of
 from bitsmith.numerics.mixture import fake_quantize_mixture
 from bitsmith.quantization.bits import FixedBits
 from bitsmith.quantization.rows import Rows
@@ -49,8 +49,16 @@ class Quantizer(Rows):
 
     # ---- forward
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x fake-quantized with the rows in play; float32, shape of x. In float: x itself."""
+    @property
+    def row_by_row(self) -> bool:
+        """Whether rows of a weight can be quantized apart from the others, to the same values."""
+        return self.scheme.range not in ("dorefa", "dynamic") and self.scheme.estimator != "stochastic"
+
+    def forward(self, x: Tensor, of: Tensor | None = None) -> Tensor:
+        """x fake-quantized with the rows in play; float32, shape of x. In float: x itself.
+
+        ``of`` (N,): x (N, ...) are these rows (channels) of the weight, where they are `row_by_row`.
+        """
         scheme, bits = self.scheme, self.bits
         if bits.in_float:
             return x
@@ -60,27 +68,30 @@ class Quantizer(Rows):
         rows, share = bits.rows, bits.share
         count = rows.shape[0]
         if share is None:
-            y = self._at(v, rows if count == 1 else rows[:1])
-        elif bits.blended:
-            y = self._between(v, rows, share)
-        elif count == 1:
-            y = self._at(v, rows, share if share.ndim == 1 else share.view(self.view))
+            y = self._at(v, rows if count == 1 else rows[:1], None, of)
         else:
-            y = self._mixed(v, rows, share)
+            share = share if of is None or share.ndim == 1 else self._taken(share, of)
+            if bits.blended:
+                y = self._between(v, rows, share, of)
+            elif count == 1:
+                y = self._at(v, rows, share if share.ndim == 1 else share.view(self.view), of)
+            else:
+                y = self._mixed(v, rows, share, of)
         if scheme.group_size is not None:
             return blocks.from_groups(y, x, self.kind == "weight")
         return y if y.ndim == x.ndim else y.view(x.shape)  # (features,) without a batch met a (1, 1) scale
 
-    def _at(self, v: Tensor, row: Tensor, share: Tensor | None = None) -> Tensor:
+    def _at(self, v: Tensor, row: Tensor, share: Tensor | None = None, of: Tensor | None = None) -> Tensor:
         """v at the width of one row, given as a (1,) index, or of one per channel, (1, C); share: of a row
         that was drawn."""
         scheme = self.scheme
         base_scale, low, high, half = self.base_scale, self.low, self.high, self.half_step
         shift: Tensor | None = self.zero_shift
         exponent: Tensor | None = self.range
-        if low.shape[0] > 1:
-            base_scale, exponent, low, high, half, shift = self._of(row)
-        if half is not None and half.shape[1] > 1:
+        if low.shape[0] > 1 or of is not None:
+            base_scale, exponent, low, high, half, shift = self._of(row, of)
+        scales = base_scale.shape[1] or 1  # of no row at all
+        if half is not None and half.shape[1] != 1:
             half = half.view(self.view)
         if scheme.range == "dynamic" or (scheme.range == "dorefa" and self.kind == "weight"):
             base_scale, low, high = self._dynamic(v, low, high, half)
@@ -98,36 +109,52 @@ class Quantizer(Rows):
             exponent=exponent,
             estimator=scheme.estimator,
             clip_only=scheme.range == "pact",
-            count=max((v[0].numel() if self.kind == "activation" else v.numel()) // self.range.shape[1], 1),
+            count=max((v[0].numel() if self.kind == "activation" else v.numel()) // scales, 1),
             seed=self.seed if self.training else None,
             share=share,
         )
 
-    def _of(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """base_scale, range, low, high, half_step and zero_shift of these rows, (R,) or (R, C): (R, C)."""
+    def _of(
+        self, rows: Tensor, of: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """base_scale, range, low, high, half_step and zero_shift of these rows, (R,) or (R, C): (R, C); with
+        ``of``, those of its channels alone."""
         low, high, half = self.low, self.high, self.half_step
         shift: Tensor | None = self.zero_shift
         if rows.ndim > 1:
             half = None if half is None else half.expand(-1, rows.shape[1]).gather(0, rows)
             low, high = low.gather(0, rows), high.gather(0, rows)
-            return self.base_scale.gather(0, rows), self.range.gather(0, rows), low, high, half, shift
-        # a row is data, so that one compiled graph serves every width
-        low, high = low.index_select(0, rows), high.index_select(0, rows)
-        half = None if half is None else half.index_select(0, rows)
-        shift = None if shift is None else shift.index_select(0, rows)
-        base_scale, exponent = self.base_scale.index_select(0, rows), self.range.index_select(0, rows)
-        return base_scale, exponent, low, high, half, shift
+            base_scale, exponent = self.base_scale.gather(0, rows), self.range.gather(0, rows)
+        else:
+            # a row is data, so that one compiled graph serves every width
+            low, high = low.index_select(0, rows), high.index_select(0, rows)
+            half = None if half is None else half.index_select(0, rows)
+            shift = None if shift is None else shift.index_select(0, rows)
+            base_scale, exponent = self.base_scale.index_select(0, rows), self.range.index_select(0, rows)
+        if of is None:
+            return base_scale, exponent, low, high, half, shift
+        half = None if half is None else self._taken(half, of)
+        base_scale, exponent = self._taken(base_scale, of), self._taken(exponent, of)
+        return base_scale, exponent, self._taken(low, of), self._taken(high, of), half, shift
 
-    def _mixed(self, v: Tensor, rows: Tensor, share: Tensor) -> Tensor:
+    def _taken(self, scales: Tensor, index: Tensor) -> Tensor:
+        """Of ``scales`` (K, C) of a weight those of its channels ``index`` (N,): (K, N * scales per channel);
+        one that all share stays."""
+        if scales.shape[1] == 1:
+            return scales
+        each = 1 if self.scheme.group_size is None else self.view[1]
+        return scales.unflatten(1, (-1, each)).index_select(1, index).flatten(1)
+
+    def _mixed(self, v: Tensor, rows: Tensor, share: Tensor, of: Tensor | None) -> Tensor:
         """The sum of v at the widths of the rows, each times its share."""
         scheme, count = self.scheme, rows.shape[0]
         shares = share.view(count, *(self.view if share.ndim > 1 else (1,)))
         plain = scheme.estimator == "clipped" and scheme.range in ("lsq", "static", "pact")
         if not plain:
-            parts = [shares[i] * self._at(v, rows[i : i + 1]) for i in range(count)]
+            parts = [shares[i] * self._at(v, rows[i : i + 1], None, of) for i in range(count)]
             return torch.stack(parts).sum(0)
-        base_scale, exponent, low, high, half, _ = self._of(rows)
-        assert exponent is not None
+        base_scale, exponent, low, high, half, _ = self._of(rows, of)
+        scales = base_scale.shape[1] or 1  # of no row at all
         if half is not None:
             half = half.view(count, *(self.view if half.shape[1] > 1 else (1,)))
         base_scale, exponent, low, high = (
@@ -142,17 +169,17 @@ class Quantizer(Rows):
             high,
             half,
             clip_only=scheme.range == "pact",
-            count=max((v[0].numel() if self.kind == "activation" else v.numel()) // self.range.shape[1], 1),
+            count=max((v[0].numel() if self.kind == "activation" else v.numel()) // scales, 1),
         )
 
-    def _between(self, v: Tensor, rows: Tensor, share: Tensor) -> Tensor:
+    def _between(self, v: Tensor, rows: Tensor, share: Tensor, index: Tensor | None) -> Tensor:
         """v on one grid between the rows: level bounds and steps per unit are the shares' mean. In plain
         autograd, as bounds and scale both carry the shares' gradient."""
         weights = share if share.ndim > 1 else share.view(-1, 1)
 
         def shared(of: Tensor) -> Tensor:
             own = of.index_select(0, rows) if rows.ndim == 1 else of.expand(-1, rows.shape[1]).gather(0, rows)
-            return weights * own
+            return weights * (own if index is None else self._taken(own, index))
 
         low, high = (shared(b).sum(0).view(self.view) for b in (self.low, self.high))
         scale = 1 / shared(torch.exp2(-self.range) / self.base_scale).sum(0).view(self.view)
@@ -166,17 +193,18 @@ class Quantizer(Rows):
     def _dynamic(
         self, v: Tensor, low: Tensor, high: Tensor, half: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(scale, low, high) by min-max of v itself, over the values that share a scale."""
-        if self.scheme.granularity in ("token", "group"):
-            axes = [v.ndim - 1]
-        elif self.scheme.granularity == "channel":
-            axes = [a for a in range(v.ndim) if a != self.axis % v.ndim]
-        else:
-            axes = list(range(v.ndim))
-        top = v.detach().abs().amax(axes, keepdim=True).float()
+        """(scale, low, high) by the range of v itself, over the values that share a scale."""
+        scale, zero_point = self._found(v, low, high, half)
         low, high = low.view(self.view), high.view(self.view)
-        steps = high if half is None else high + half
-        return (top / steps).clamp(min=SMALLEST_STEP), low, high
+        return (scale, low, high) if zero_point is None else (scale, low - zero_point, high - zero_point)
+
+    def _found(
+        self, v: Tensor, low: Tensor, high: Tensor, half: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(scale, zero point or None) by the range of v itself."""
+        axes = blocks.shared_axes(v.ndim, self.scheme.granularity, self.axis)
+        low, high = low.view(self.view), high.view(self.view)
+        return range_of(v.detach(), axes, low, high, half, self.finds_zero_point)
 
     @torch.no_grad()
     def at_row(self, x: Tensor, row: int) -> Tensor:
@@ -191,24 +219,32 @@ class Quantizer(Rows):
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """Stored codes of x at the row in play, int16, in the shape of x's blocks (with groups: by group)."""
-        scheme, at, scale = self.scheme, self.levels(), self.stored_scale(x)
-        v = dorefa(x) if scheme.range == "dorefa" and self.kind == "weight" else x
-        v = v if scheme.group_size is None else blocks.to_groups(v, scheme.group_size, self.kind == "weight")
-        return affine.quantize(v, scale, at.low, at.high, at.half, at.zero_point).to(torch.int16)
+        at, (scale, zero_point) = self.levels(), self.stored_range(x)
+        return affine.quantize(self._blocks(x), scale, at.low, at.high, at.half, zero_point).to(torch.int16)
 
     @torch.no_grad()
+    def stored_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(scale, zero point) that go with ``codes(x)``, in the shape that broadcasts against them."""
+        at = self.levels()
+        if self.scheme.range != "dynamic" and (self.scheme.range != "dorefa" or self.kind != "weight"):
+            return at.scale, at.zero_point
+        low, high = self._in_play(self.low), self._in_play(self.high)
+        half = None if self.half_step is None else self._in_play(self.half_step)
+        half = half.view(self.view) if half is not None and len(half) > 1 else half
+        scale, zero_point = self._found(self._blocks(x), low, high, half)
+        if scale.ndim == len(self.view):
+            scale = scale.expand(self.view)
+        return scale, torch.zeros_like(scale) if zero_point is None else zero_point.expand_as(scale)
+
     def stored_scale(self, x: Tensor) -> Tensor:
-        """The scale that goes with ``codes(x)``, in the shape that broadcasts against them."""
-        if self.scheme.range == "dynamic" or (self.scheme.range == "dorefa" and self.kind == "weight"):
-            v = dorefa(x) if self.scheme.range == "dorefa" else x.float()
-            if self.scheme.group_size is not None:
-                v = blocks.to_groups(v, self.scheme.group_size, self.kind == "weight")
-            low, high = self._in_play(self.low), self._in_play(self.high)
-            half = None if self.half_step is None else self._in_play(self.half_step)
-            half = half.view(self.view) if half is not None and len(half) > 1 else half
-            scale = self._dynamic(v, low, high, half)[0]
-            return scale.expand(self.view) if scale.ndim == len(self.view) else scale
-        return self.levels().scale
+        """The scale of `stored_range`."""
+        return self.stored_range(x)[0]
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        """x as its scales broadcast against it, after what shapes it."""
+        v = dorefa(x) if self.scheme.range == "dorefa" and self.kind == "weight" else x.float()
+        size = self.scheme.group_size
+        return v if size is None else blocks.to_groups(v, size, self.kind == "weight")
 
 
 def sites(model: nn.Module) -> dict[str, Quantizer]:

@@ -134,20 +134,25 @@ class Rows(nn.Module):
             return self.scheme.grid
         return "seq" if self.seq_allowed and bits <= 2 else "symmetric"
 
+    @property
+    def finds_zero_point(self) -> bool:
+        """Whether zero points are found with the range, in each tensor as it comes."""
+        return self.scheme.range == "dynamic" and self.scheme.grid == "asymmetric"
+
     def has_zero_point(self) -> bool:
-        """Whether the row in play has zero points to be stored."""
-        return bool(self.levels().zero_point.any())
+        """Whether the row in play has zero points to be stored; those that an activation finds are not."""
+        return self.kind == "weight" if self.finds_zero_point else bool(self.levels().zero_point.any())
 
     def grids(self, row: int | Tensor | None = None) -> dict[int, str]:
         """Width -> grid of the row in play, or of another, ascending; one where all channels share a
         width."""
         at = self.levels(row)
         if isinstance(at.bits, int):
-            return {at.bits: grid_name(at.low, at.high, at.half, at.zero_point)}
-        first = {bits: at.bits.index(bits) for bits in sorted(set(at.bits))}
-        return {
-            bits: grid_name(at.low[c], at.high[c], at.half[c], at.zero_point) for bits, c in first.items()
-        }
+            found = {at.bits: grid_name(at.low, at.high, at.half, at.zero_point)}
+        else:
+            first = {bits: at.bits.index(bits) for bits in sorted(set(at.bits))}
+            found = {b: grid_name(at.low[c], at.high[c], at.half[c], at.zero_point) for b, c in first.items()}
+        return dict.fromkeys(found, "asymmetric") if self.finds_zero_point else found
 
     def grid_name(self, row: int | Tensor | None = None) -> str:
         """The grid of the row in play, or of another, in words; `auto` where channels of different widths
@@ -199,7 +204,7 @@ class Rows(nn.Module):
         if self.kind == "activation" and scheme.grid == "auto":
             grid = activation_grid(low, high)
             if grid == "asymmetric" and (scheme.range == "dynamic" or scheme.calibration == "lsq"):
-                grid = "symmetric"  # these two have a rule for the scale alone
+                grid = "symmetric"  # lsq has a rule for the scale alone; dynamic ranges are asked for one
         lowest, highest, half = bounds(grid, width)
         if scheme.calibration == "lsq":
             scale = 2 * values.abs().mean(1) / max(highest, 0.5) ** 0.5
@@ -214,7 +219,7 @@ class Rows(nn.Module):
                 half,
                 asymmetric=grid == "asymmetric",
             )
-        self._set_bounds(row, grid, width, zero_point, at)
+        self._set_bounds(row, grid, width, 0.0 if self.finds_zero_point else zero_point, at)
         self.base_scale[row, at] = scale
 
     # ---- widths
@@ -387,4 +392,4 @@ def observe_weight(quantizer: Rows, weight: Tensor) -> tuple[Tensor, float, floa
     if quantizer.scheme.range == "dorefa":
         weight = dorefa(weight)
     values = blocks.rows_of(weight, quantizer.scheme.granularity, quantizer.scheme.group_size, 0, True)
-    return values, float(weight.min()), float(weight.max())
+    return values.contiguous(), float(weight.min()), float(weight.max())

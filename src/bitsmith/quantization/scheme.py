@@ -29,7 +29,8 @@ class Scheme:
     granularity  what shares a scale: tensor, channel, group (of ``group_size``), token (activations, dynamic)
     grid         numerics.grid; auto: `seq` for weights of 1-2 bits where the target holds it and `symmetric`
                  above; for activations what calibration sees: `unsigned` without negative values,
-                 `asymmetric` where one side is less than half of the other, else `symmetric`
+                 `asymmetric` where one side is less than half of the other (never where range is dynamic),
+                 else `symmetric`
     range        lsq: learned scale (1902.08153); lsq+: and, of activations, zero point (2004.09576);
                  pact: learned by what is clipped (1805.06085); dorefa: tanh of the weights (1606.06160);
                  static: as calibrated; dynamic: min-max of each tensor as it comes
@@ -91,10 +92,9 @@ class Scheme:
                 got=self.range,
                 expected="dynamic with granularity token",
             )
-        if self.grid == "asymmetric" and (self.range == "dynamic" or self.calibration == "lsq"):
-            rule = "range dynamic" if self.range == "dynamic" else "calibration lsq"
+        if self.grid == "asymmetric" and self.calibration == "lsq":
             raise SchemeError(
-                f"{rule} has no rule for a zero point",
+                "calibration lsq has no rule for a zero point",
                 where="grid",
                 got="asymmetric",
                 expected="auto, symmetric or unsigned",

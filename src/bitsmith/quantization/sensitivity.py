@@ -19,7 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitsmith.quantization.layers import SWAPS_BY_QUANT, in_eval_mode
+from bitsmith.quantization.layers import (
+    SWAPS_BY_QUANT,
+    QuantConv1d,
+    QuantConv2d,
+    QuantEmbedding,
+    QuantTransposedLinear,
+    in_eval_mode,
+    weight_of,
+)
 from bitsmith.quantization.quantizer import Quantizer
 from bitsmith.quantization.scheme import FLOAT
 
@@ -110,12 +118,20 @@ def _add_scores(
                     changed = _output_at(layer, operand, quantizer, row, inputs)
             squares = (g * (changed - y)).square()
             if quantizer.bits.per_channel:
-                axis = squares.ndim - 1 if isinstance(layer, nn.Linear) else 1
-                errors.append(squares.movedim(axis, 0).flatten(1).sum(1))
+                errors.append(_by_channel(layer, squares, inputs))
             else:
                 errors.append(squares.sum())
         total = torch.stack(errors)
         scores[quantizer.name] = scores[quantizer.name] + total if quantizer.name in scores else total
+
+
+def _by_channel(layer: Any, squares: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+    """Sum of an output's squares by the channel of the weight that made each: (C,)."""
+    if isinstance(layer, QuantEmbedding):
+        sums = squares.sum(-1).flatten()
+        return sums.new_zeros(layer.num_embeddings).index_add_(0, inputs[0].flatten(), sums)
+    axis = 1 if isinstance(layer, QuantConv1d | QuantConv2d) else squares.ndim - 1
+    return squares.movedim(axis, 0).flatten(1).sum(1)
 
 
 def _output_at(
@@ -123,13 +139,13 @@ def _output_at(
 ) -> Tensor:
     """The layer's output with one operand at one row."""
     if operand == "weight":
-        weight = layer.weight
-        held = weight.data
+        held = layer.weight.data
+        changed = quantizer.at_row(weight_of(layer).data, row)
         try:
-            weight.data = quantizer.at_row(held, row)
+            layer.weight.data = changed.t() if isinstance(layer, QuantTransposedLinear) else changed
             return layer(*inputs)
         finally:
-            weight.data = held
+            layer.weight.data = held
     place = operands_of(layer).index(operand)
     changed = quantizer.at_row(inputs[place], row)
     return layer(*inputs[:place], changed, *inputs[place + 1 :])

@@ -112,7 +112,7 @@ class Target:
                     got=bits,
                     expected=listing(str(b) for b in self.weight_containers),
                 )
-            if self.pairs is not None and bits not in multiplied:
+            if self.pairs is not None and bits not in multiplied and layer != "Embedding":
                 raise TargetError(
                     f"target {self.name} multiplies no such width",
                     where=f"{site}.bits",
@@ -134,9 +134,10 @@ class Target:
                 expected="lsq, lsq+, pact or static",
                 remedy="Choose one of these, or target: native",
             )
-        if self.name == "onnxruntime" and scheme.granularity == "group" and not layer.endswith("Linear"):
+        in_rows = layer.endswith(("Linear", "Embedding"))
+        if self.name == "onnxruntime" and scheme.granularity == "group" and not in_rows:
             raise TargetError(
-                "target onnxruntime holds groups in the weights of Linear layers only",
+                "target onnxruntime holds groups in the weights of Linear and Embedding layers only",
                 where=f"{site}.granularity",
                 got="group",
                 expected="channel or tensor",

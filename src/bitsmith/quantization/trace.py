@@ -21,10 +21,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bitsmith.errors import SiteError
-from bitsmith.quantization.layers import QuantConv1d, QuantConv2d, QuantLinear, QuantMatMul, in_eval_mode
+from bitsmith.quantization.layers import (
+    WITH_WEIGHTS,
+    QuantConv1d,
+    QuantConv2d,
+    QuantEmbedding,
+    QuantMatMul,
+    QuantTransposedLinear,
+    in_eval_mode,
+    weight_of,
+)
 from bitsmith.quantization.quantizer import sites
-
-WITH_WEIGHTS = (QuantLinear, QuantConv1d, QuantConv2d)
 
 
 @dataclass
@@ -67,7 +74,7 @@ def trace(model: nn.Module, example: Any) -> Trace:
 
     def after_layer(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         name = names[id(layer)]
-        entry = layers.setdefault(name, LayerTrace(name, type(layer).__name__.removeprefix("Quant")))
+        entry = layers.setdefault(name, LayerTrace(name, _kind(layer)))
         entry.calls += 1
         entry.macs += _macs(layer, inputs, output)
         for operand, tensor in _operands(layer, inputs):
@@ -81,7 +88,7 @@ def trace(model: nn.Module, example: Any) -> Trace:
         if id(inputs[0]) in producers:
             layer = modules[producers[id(inputs[0])]]
             # Of a Linear's (N, T, C) a BatchNorm1d normalises T, which is not the axis of its weight.
-            if not isinstance(layer, QuantLinear) or inputs[0].ndim == 2:
+            if isinstance(layer, QuantConv1d | QuantConv2d) or inputs[0].ndim == 2:
                 readers[producers[id(inputs[0])]] = names[id(norm)]
 
     hooks = []
@@ -139,7 +146,9 @@ def _unfused() -> Iterator[None]:
 
 def _can_fold(layer: Any, norm: Any, weight_uses: Counter[int]) -> bool:
     """Whether gamma / sigma, one factor per output channel, can go into scales that are the layer's own."""
-    if not isinstance(layer, WITH_WEIGHTS) or weight_uses[id(layer.weight)] > 1 or norm.running_var is None:
+    if not isinstance(layer, WITH_WEIGHTS) or isinstance(layer, QuantEmbedding):
+        return False
+    if weight_uses[id(layer.weight)] > 1 or norm.running_var is None:
         return False
     quantizer = layer.weight_quantizer
     return quantizer is None or quantizer.bits.in_float or quantizer.scheme.granularity != "tensor"
@@ -168,16 +177,23 @@ class _Consumers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def _kind(layer: nn.Module) -> str:
+    """What a layer is to those who count: how its weight lies is of no matter there."""
+    if isinstance(layer, QuantTransposedLinear):
+        return "Linear"
+    return type(layer).__name__.removeprefix("Quant")
+
+
 def _macs(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> int:
+    if isinstance(layer, QuantEmbedding):
+        return 0
     if isinstance(layer, QuantMatMul):
         return output.numel() * inputs[0].shape[-1]
-    if isinstance(layer, QuantLinear):
-        return output.numel() * layer.in_features
-    return output.numel() * layer.weight[0].numel()  # type: ignore[index]
+    return output.numel() * weight_of(layer)[0].numel()
 
 
 def _operands(layer: nn.Module, inputs: tuple[Tensor, ...]) -> list[tuple[str, Tensor]]:
     """(operand, activation) of a layer."""
     if isinstance(layer, QuantMatMul):
         return [("left", inputs[0]), ("right", inputs[1])]
-    return [("input", inputs[0])]
+    return [] if isinstance(layer, QuantEmbedding) else [("input", inputs[0])]

@@ -23,8 +23,8 @@ from bitsmith.export import save, to_onnx, verify
 from bitsmith.files import write_atomic, write_json
 from bitsmith.quantization import CostModel, CostTable, measure, plan_of
 from bitsmith.quantization.cost_kinds import used
+from bitsmith.quantization.coverage import coverage
 from bitsmith.quantization.finalize import finalize
-from bitsmith.quantization.prepare import coverage
 from bitsmith.recipe.competition import Outcome
 from bitsmith.recipe.environment import environment
 from bitsmith.recipe.progress import Event, Progress

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from bitsmith.quantization import measure, plan_of
-from bitsmith.quantization.prepare import coverage
+from bitsmith.quantization.coverage import coverage
 from bitsmith.recipe import competition
 from bitsmith.recipe.job import quantize, read_inputs
 from bitsmith.recipe.schema import Recipe

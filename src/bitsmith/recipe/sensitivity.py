@@ -248,7 +248,7 @@ def _raised(
     changed = {**bits, **dict.fromkeys([name, *names], wider[0])}
     target = cost.cost.target
     possible = all(
-        target.multiplies(changed.get(layer.operands[0], 32), changed.get(layer.operands[1], 32))
+        layer.is_held_by(target, *(changed.get(site, 32) for site in layer.operands))
         for layer in cost.cost.layers
         if {name, *names} & set(layer.operands)
     )
