@@ -1,0 +1,36 @@
+"""Reads samples.json: what the float and the quantized model of a run wrote after the same prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitsmith.errors import FormatError
+from bitsmith.files import read_json
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt, and the texts (with the prompt) of "float" and "quantized"."""
+
+    prompt: str
+    texts: dict[str, str]
+
+
+def read_samples(path: Path) -> tuple[Sample, ...]:
+    """The samples of a run; none where there is no file. Raises FormatError."""
+    if not path.exists():
+        return ()
+    found = read_json(path, "samples").get("samples")
+    entries = found if isinstance(found, list) else [None]
+    for entry in entries:
+        if not isinstance(entry, dict) or not all(isinstance(text, str) for text in entry.values()):
+            raise FormatError(
+                "samples is not a list of texts",
+                where=str(path),
+                remedy="Delete the file (the report leaves out what it held), or run again",
+            )
+    return tuple(
+        Sample(entry.get("prompt", ""), {k: v for k, v in entry.items() if k != "prompt"})
+        for entry in entries
+    )
