@@ -86,12 +86,8 @@ def _against(
     named = f" for {other}" if other else ""
     if difference == 0:
         text = f"{ours} against as much{named} {place}"
-        if (
-            key.startswith("validation_")
-            and key != LOSS
-            and _both(first, second, LOSS)
-            and first[LOSS] != second[LOSS]
-        ):
+        losses = _both(first, second, LOSS) and first[LOSS] != second[LOSS]
+        if key == "validation_accuracy" and losses:
             text = text.replace(
                 ", which decided", f" (loss {first[LOSS]:.3g} against {second[LOSS]:.3g}, which decided)"
             )

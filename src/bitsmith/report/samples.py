@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bitsmith.errors import FormatError
 from bitsmith.files import read_json
@@ -22,15 +23,18 @@ def read_samples(path: Path) -> tuple[Sample, ...]:
     if not path.exists():
         return ()
     found = read_json(path, "samples").get("samples")
-    entries = found if isinstance(found, list) else [None]
-    for entry in entries:
-        if not isinstance(entry, dict) or not all(isinstance(text, str) for text in entry.values()):
-            raise FormatError(
-                "samples is not a list of texts",
-                where=str(path),
-                remedy="Delete the file (the report leaves out what it held), or run again",
-            )
+    if not isinstance(found, list) or not all(_is_texts(entry) for entry in found):
+        raise FormatError(
+            "samples is not a list of texts",
+            where=str(path),
+            remedy="Delete the file (the report leaves out what it held), or run again",
+        )
     return tuple(
-        Sample(entry.get("prompt", ""), {k: v for k, v in entry.items() if k != "prompt"})
-        for entry in entries
+        Sample(entry["prompt"], {name: text for name, text in entry.items() if name != "prompt"})
+        for entry in found
     )
+
+
+def _is_texts(entry: Any) -> bool:
+    texts = entry.values() if isinstance(entry, dict) and "prompt" in entry else (None,)
+    return all(isinstance(text, str) for text in texts)
