@@ -26,7 +26,7 @@ CONTEXT = 128
 SHARES = 0.1  # of the text, each of validation and test
 LOGITS = 2**24  # elements of the logits of one forward outside of training: 64 MB
 COMPARED = 2**26  # of the logits that an exported file is compared on
-TEMPERATURE, SAMPLED, PROMPT = 0.8, 160, 40  # of the text in the report; the last two in tokens
+TEMPERATURE, SAMPLED, PROMPT = 0.8, 120, 40  # of the text in the report; the last two in tokens
 
 
 @dataclass(frozen=True, eq=False)
