@@ -21,6 +21,8 @@ HEAVY = [
     "scipy",
     "sklearn",
     "tensorboard",
+    "tokenizers",
+    "transformers",
     "typer",
     "yaml",
 ]

@@ -94,7 +94,7 @@ class Run:
             exports = self.metrics.get("exported") or {}
             order = sorted(exports, key=lambda name: name == "native")  # other people's runtimes first
             found = [exports[name].get(key) for name in order]
-            return next((float(value) for value in found if value is not None), None)
+            return next((float(value) for value in found if is_number(value)), None)
         value = (self.metrics.get(stage) or {}).get(key)
         return float(value) if is_number(value) else None
 
