@@ -65,9 +65,11 @@ class Batches:
         self.batch_size, self.accumulation, self.seed = batch_size, accumulation, seed
         self._teacher_logits: Tensor | None = None
         if teacher is not None and augment is None:
-            first = teacher(as_float(x[:1]))
-            if first.numel() * len(x) <= KEPT:
-                self._teacher_logits = torch.cat([teacher(as_float(part)) for part in x.split(batch_size)])
+            first, *others = x.split(batch_size)
+            logits = teacher(as_float(first))
+            if logits.numel() * len(x) <= KEPT * len(first):
+                rest = (teacher(as_float(part)) for part in others)
+                self._teacher_logits = torch.cat([logits, *rest])
         self.steps_per_epoch = -(-len(x) // batch_size)
         self._noise = torch.Generator(device=x.device)
         self._order: Tensor | None = None
