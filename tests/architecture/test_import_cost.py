@@ -22,6 +22,8 @@ HEAVY = [
     "scipy",
     "sklearn",
     "tensorboard",
+    "tokenizers",
+    "transformers",
     "typer",
     "yaml",
 ]

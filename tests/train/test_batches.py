@@ -89,3 +89,26 @@ def test_seeds_differ_by_every_part() -> None:
 def test_rows_that_do_not_pair_up_are_refused(inputs: int, targets: int) -> None:
     with pytest.raises(DataError, match="do not pair up"):
         Batches(torch.zeros(inputs, 1), torch.zeros(targets), batch_size=2)
+
+
+def test_tokens_pass_unchanged_and_too_many_logits_of_a_teacher_are_made_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokens, asked = torch.randint(0, 9, (6, 4)), []
+
+    def teacher(x: torch.Tensor) -> torch.Tensor:
+        asked.append(len(x))
+        return torch.nn.functional.one_hot(x, 9).float()
+
+    found = []
+    for kept in (6 * 4 * 9, 6 * 4 * 9 - 1):
+        monkeypatch.setattr("bitsmith.train.batches.KEPT", kept)
+        asked.clear()
+        batches = Batches(tokens, tokens, batch_size=4, teacher=teacher)
+        before = len(asked)
+        part = batches.step(0)[0]
+        assert part.x.dtype == torch.int64
+        assert torch.equal(part.x, part.y)
+        assert (len(asked) > before) == (kept < 6 * 4 * 9)
+        found.append(part.teacher_logits)
+    assert torch.equal(*found)

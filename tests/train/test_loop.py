@@ -174,3 +174,25 @@ def test_bfloat16_trains_float32_weights() -> None:
     assert "precision bfloat16 as asked for: a 128 matrix product takes" in result.notes[0]
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert accuracy(model) > 0.9
+
+
+@pytest.mark.parametrize("distillation", [0.0, 0.5])
+def test_a_language_model_learns_from_tokens_and_its_history_names_what_was_validated(
+    distillation: float,
+) -> None:
+    tokens = torch.arange(64).view(8, 8) % 7  # after each token comes the next of seven
+
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Embedding(7, 16), nn.Linear(16, 7))
+
+    student, teacher = model(), model()
+    config = TrainConfig(
+        epochs=40, batch_size=4, learning_rate=0.05, label_smoothing=0.01, distillation=distillation
+    )
+    train(teacher, tokens[:, :-1], tokens[:, 1:], TrainConfig(epochs=40, batch_size=4, learning_rate=0.05))
+    result = train(
+        student, tokens[:, :-1], tokens[:, 1:], config, teacher=teacher, validate=lambda: {"loss": 0.25}
+    )
+    assert torch.equal(student(tokens[:, :-1]).argmax(-1), tokens[:, 1:])
+    assert result.history[-1]["validation_loss"] == 0.25
+    assert "validation_accuracy" not in result.history[-1]

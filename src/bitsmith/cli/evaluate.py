@@ -14,6 +14,7 @@ EXAMPLES = (
     ("bitsmith evaluate runs/digits --shift all", "under noise, blur, contrast, rotation and translation"),
     ("bitsmith evaluate runs/digits --data npz:mine.npz", "on your own images"),
 )
+LANGUAGE = ("loss", "perplexity", "bits_per_byte")
 
 
 def command(
@@ -40,6 +41,11 @@ def command(
     from bitsmith.report.words import percent
 
     rows = [(name, percent(value, 2)) for name, value in result["shift"].items()]
+    if "perplexity" in result:
+        title = f"{result['data']}: {result['sequences']} test sequences"
+        figures = ((key.replace("_", " "), f"{result[key]:.4g}") for key in LANGUAGE)
+        output().print(table(title, ("", ""), [*figures, ("accuracy", percent(result["accuracy"], 2))]))
+        return
     rows = [("as it is", percent(result["accuracy"], 2)), *rows]
     title = f"{result['data']}: {result['images']} test images"
     output().print(table(title, ("", "accuracy"), rows))

@@ -35,5 +35,7 @@ RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="A run directo
 OwnModel = Annotated[
     str | None, _hint("module:factory", "What builds the model, where it is not a built-in one.")
 ]
-OtherData = Annotated[str | None, _hint("DATA", "Other data: digits, npz:FILE, folder:DIR, module:factory.")]
+OtherData = Annotated[
+    str | None, _hint("DATA", "Other data: digits, npz:FILE, folder:DIR, pydoc, text:PATH, module:factory.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]

@@ -17,7 +17,8 @@ def show_prediction(found: dict[str, Any]) -> None:
     cost, data, steps, time = found["cost"], found["data"], found["steps"], found["time"]
     console.print(
         Text(
-            f"{found['model']} on {data['name']} ({data['train']} training images), for {found['target']}",
+            f"{found['model']} on {data['name']} ({data['train']} training {data['unit']}), "
+            f"for {found['target']}",
             style="dim",
         )
     )

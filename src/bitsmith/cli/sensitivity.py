@@ -66,7 +66,7 @@ def command(
 
 
 def _show(found: dict[str, Any], out: Path) -> None:
-    from bitsmith.report.sensitivity import asked, bits_text, figure, kind_text
+    from bitsmith.report.sensitivity import asked, bits_text, figure, kind_text, unit
     from bitsmith.report.words import bits, points, small_percent
 
     console = output()
@@ -111,6 +111,6 @@ def _show(found: dict[str, Any], out: Path) -> None:
             for entry in found["measured"]
         ]
         images, before = found["samples"]["measured"], found["float"]["loss"]
-        title = f"Measured on {images} validation images (float: {before:.3f})"
+        title = f"Measured on {images} validation {unit(found)} (float: {before:.3f})"
         console.print(table(title, ("that alone", "score", "loss", "more", "points"), rows))
     console.print(f"Page {out / 'sensitivity.html'}\nPlan {out / 'plan_by_sensitivity.json'}")

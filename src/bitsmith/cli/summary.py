@@ -11,16 +11,22 @@ from rich.table import Table
 from rich.text import Text
 
 from bitsmith.cli.show import table
+from bitsmith.report import language
 from bitsmith.report.metrics import Run
 from bitsmith.report.words import (
+    DASH,
+    LOSS,
     against_float,
     asked,
+    change,
     count,
     decimals,
     factor,
     headline,
+    measure,
     percent,
     points,
+    result,
     seconds,
     size,
     verdict,
@@ -41,7 +47,7 @@ def summary(run: Run) -> Panel:
     body = Group(
         Text(asked(run), style="dim"),
         Text(),
-        _accuracies(run),
+        _losses(run) if measure(run) is LOSS else _accuracies(run),
         Text(),
         _costs(run),
         Text(),
@@ -80,6 +86,16 @@ def _accuracies(run: Run) -> Table:
             difference,
             "" if shifted is None else percent(shifted, digits),
         )
+    return made
+
+
+def _losses(run: Run) -> Table:
+    """Loss, perplexity, bits per byte and next-token accuracy of each stage."""
+    made = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for column in ("", *(column.lower() for column in language.COLUMNS)):
+        made.add_column(column, justify="left" if not column else "right")
+    for stage, name, cells in language.table(run):
+        made.add_row(name.lower(), *cells, style="bold" if stage == "quantized" else "")
     return made
 
 
@@ -123,10 +139,12 @@ def _where(run: Run) -> Table:
 
 def _gain(run: Run) -> str:
     """What training gained over quantizing after training."""
-    after, trained = run.accuracy("post_training"), run.accuracy("quantized")
-    if after is None or trained is None:
+    by, gap = measure(run), change(run, "quantized", "post_training")
+    if gap == DASH:
         return "not compared with post-training quantization"
-    return f"training gained {points(trained - after, decimals(run))} points over post-training quantization"
+    if by is LOSS:
+        return f"training changed the loss of post-training quantization by {gap} {by.unit}s"
+    return f"training gained {gap} {by.unit}s over post-training quantization"
 
 
 def side_by_side(runs: Sequence[Run]) -> Table:
@@ -135,9 +153,9 @@ def side_by_side(runs: Sequence[Run]) -> Table:
     rows = [
         (
             ("• " if on_front(run, runs) else "  ") + run.name,
-            percent(run.accuracy("float"), decimals(run)),
-            percent(run.accuracy("post_training"), decimals(run)),
-            percent(run.accuracy("quantized"), decimals(run)),
+            result(run, "float"),
+            result(run, "post_training"),
+            result(run, "quantized"),
             _bits(run),
             size(run.cost("weight_bytes")),
             count(run.cost("bops")),

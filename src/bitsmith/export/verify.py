@@ -16,7 +16,7 @@ The result is certificate.json: {"version", "rows", "exports": {name: {"passed",
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,13 @@ def verify(
     exports: Mapping[str, str | PathLike[str]],
     x: Tensor,
     y: Tensor | None = None,
+    score: Callable[[Tensor, Tensor], Mapping[str, float]] | None = None,
 ) -> dict[str, Any]:
     """The certificate of ``exports`` ({"native": directory, "onnx": path}).
 
-    trained: the prepared model; packed: ``finalize`` of it; x: inputs (N, ...) of the test set; y: labels
-    (N,), for accuracies. Raises ExportMismatch (exit code 1) after all files were looked at.
+    trained: the prepared model; packed: ``finalize`` of it; x: inputs (N, ...) of the test set; y: targets
+    (N, ...), for accuracies, or for what ``score(outputs, y)`` makes of them. Raises ExportMismatch (exit
+    code 1) after all files were looked at.
     """
     for name in exports:
         if name not in OPENERS:
@@ -85,7 +87,9 @@ def verify(
             output = opened.predict(x)
             _check_outputs(entry, opened, trained, output, reference, x)
             if y is not None:
-                entry |= {"accuracy": _accuracy(output, y), "accuracy_trained": _accuracy(reference, y)}
+                measure = score or _accuracy
+                entry |= measure(output, y)
+                entry |= {f"{name}_trained": value for name, value in measure(reference, y).items()}
             entry["passed"] = True
         except (ExportMismatch, FormatError) as error:
             entry["failure"] = str(error)
@@ -257,8 +261,8 @@ def _error(got: Tensor, want: Tensor) -> Tensor:
     return rows.nan_to_num(nan=float("inf"))
 
 
-def _accuracy(output: Tensor, y: Tensor) -> float:
-    return (output.argmax(-1) == y).double().mean().item()
+def _accuracy(output: Tensor, y: Tensor) -> dict[str, float]:
+    return {"accuracy": (output.argmax(-1) == y).double().mean().item()}
 
 
 def _at(error: ExportMismatch | FormatError, path: str) -> ExportMismatch:

@@ -23,7 +23,7 @@ from bitsmith.recipe.paths import whole
 from bitsmith.recipe.progress import Progress
 from bitsmith.recipe.schema import Recipe
 from bitsmith.recipe.threads import enough_threads
-from bitsmith.tasks import Data
+from bitsmith.tasks import Examples
 
 DECIDING = ("model", "data", "pretrained", "float")  # the keys that the float model depends on
 
@@ -76,7 +76,7 @@ def _deciding(recipe: Recipe) -> dict[str, Any]:
     return flat
 
 
-def float_model(recipe: Recipe, model: nn.Module, data: Data, out: Path, tell: Progress) -> float:
+def float_model(recipe: Recipe, model: nn.Module, data: Examples, out: Path, tell: Progress) -> float:
     """Train ``model`` by the recipe's `float:` section, or load it where that is done; returns seconds."""
     with (
         torch.random.fork_rng(devices=[]),

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import copy
 import glob
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import nn
 
 from bitsmith.methods import Method
@@ -24,10 +22,10 @@ from bitsmith.quantization.budget import BudgetCost
 from bitsmith.quantization.cost_table import CostTable
 from bitsmith.quantization.sensitivity import after_training, sensitivity
 from bitsmith.recipe.schema import Recipe
-from bitsmith.tasks import Data, evaluate
-from bitsmith.tasks.dataset import to_float
+from bitsmith.tasks import Examples
+from bitsmith.train.distillation import cross_entropy
 
-SCORED = 512  # training images of the sensitivity that the search starts from
+SCORED = 512  # training rows of the sensitivity that the search starts from
 BATCH = 128
 
 
@@ -48,12 +46,11 @@ def searcher(methods: Sequence[Method]) -> Any:
     return next((method for method in methods if hasattr(method, "start_at")), None)
 
 
-def start(search: Any, model: nn.Module, data: Data, seed: int) -> None:
-    """Start the search from one backward per batch of training images, drawn at random."""
-    rows = torch.randperm(len(data.train_x), generator=torch.Generator().manual_seed(seed))[:SCORED]
-    batches = [(to_float(data.train_x[part]), data.train_y[part]) for part in rows.split(BATCH)]
+def start(search: Any, model: nn.Module, data: Examples, seed: int) -> None:
+    """Start the search from one backward per batch of training rows, drawn at random."""
+    batches = data.drawn(SCORED, seed, BATCH)
     weights = [name for name, quantizer in sites(model).items() if quantizer.kind == "weight"]
-    scores = after_training(sensitivity(model, batches, F.cross_entropy), weights)
+    scores = after_training(sensitivity(model, batches, cross_entropy), weights)
     search.start_at({name: -score for name, score in scores.items()})
 
 
@@ -73,14 +70,13 @@ def uniform_recipe(recipe: Recipe, search: Any) -> tuple[Recipe, dict[str, Width
     return recipe.model_copy(update={"quantize": quantize, "methods": methods}), bits
 
 
-def standing(model: nn.Module, data: Data) -> dict[str, float]:
+def standing(model: nn.Module, data: Examples) -> dict[str, float]:
     """How a contender stands: on the test split, and on the validation split that decides (the training
     split where there is none)."""
-    test = evaluate(model, data.test_x, data.test_y)
-    x, y = (data.val_x, data.val_y) if len(data.val_x) else (data.train_x, data.train_y)
-    validation = evaluate(model, x, y)
+    test = data.evaluate(model, data.test_x, data.test_y)
+    validation = data.evaluate(model, *data.validation())
     return {
-        "accuracy": test["accuracy"],
+        **{name: test[name] for name in data.figures},
         "validation_accuracy": validation["accuracy"],
         "validation_loss": validation["loss"],
     }
@@ -92,12 +88,10 @@ def is_ahead(
     cost: BudgetCost,
     widths: Mapping[str, Width],
     bits: Mapping[str, Width],
+    rank: Callable[[Mapping[str, Any]], tuple[float, ...]],
 ) -> bool:
-    """Whether the uniform plan is delivered: more accurate on the validation split; as accurate, as happens
-    on a small split, and of a lower loss there; alike in both and not dearer."""
-    ours, theirs = (
-        (standing["validation_accuracy"], -standing["validation_loss"]) for standing in (searched, uniform)
-    )
+    """Whether the uniform plan is delivered: of the higher rank (`Examples.rank`); alike and not dearer."""
+    ours, theirs = rank(searched), rank(uniform)
     if ours != theirs:
         return theirs > ours
     return all(cost.exact(widths)[kind] <= used for kind, used in cost.exact(bits).items())

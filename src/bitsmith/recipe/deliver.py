@@ -1,26 +1,24 @@
 """The second half of a run: from the trained quantized model to files, figures and a report.
 
 Pack, export, verify in the runtime, measure under shifts, count the cost; write plan.json, certificate.json,
-metrics.json, predictions.npz and, last of all, report.html. Nothing is trained and nothing is tuned here: all
-figures are of the test split.
+metrics.json, the models' answers and, last of all, report.html. Nothing is trained and nothing is tuned
+here: all figures are of the test split.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from bitsmith.errors import BudgetError, ExportMismatch
 from bitsmith.export import save, to_onnx, verify
-from bitsmith.files import write_atomic, write_json
+from bitsmith.files import write_json
 from bitsmith.quantization import CostModel, CostTable, measure, plan_of
 from bitsmith.quantization.cost_kinds import used
 from bitsmith.quantization.coverage import coverage
@@ -30,18 +28,15 @@ from bitsmith.recipe.environment import environment
 from bitsmith.recipe.progress import Event, Progress
 from bitsmith.recipe.schema import Recipe
 from bitsmith.report import write_report
-from bitsmith.tasks import Data, evaluate_shifts, predict
-from bitsmith.tasks.classification import score
-from bitsmith.tasks.dataset import to_float
+from bitsmith.tasks import Examples
 
-MISREAD = 24  # test images shown in the report
-EXPORTED = ("accuracy", "max_abs_difference", "agreement", "rows_within_tolerance", "file_bytes")
+COMPARED = ("max_abs_difference", "agreement", "rows_within_tolerance", "file_bytes")
 
 
 def deliver(
     recipe: Recipe,
     out: Path,
-    data: Data,
+    data: Examples,
     float_model: nn.Module,
     trained: nn.Module,
     post_training: Mapping[str, float],
@@ -69,8 +64,10 @@ def deliver(
     paths = write_exports(packed, recipe.export, out, example)
     certificate, mismatch = _verify(trained, packed, paths, data)
     write_json(out / "certificate.json", certificate)
+    # Where memory allowed fewer rows than the test split has, the figures do not compare with the others.
+    measured = data.figures if certificate["rows"] == len(data.test_x) else ()
     exported = {
-        name: {key: entry[key] for key in EXPORTED if key in entry}
+        name: {key: entry[key] for key in (*measured, *COMPARED) if key in entry}
         # other runtimes first: "exported" without a name means the file that leaves the house
         for name, entry in sorted(certificate["exports"].items(), key=lambda item: item[0] == "native")
     }
@@ -78,14 +75,17 @@ def deliver(
     tell(
         Event(
             "export",
-            values={f"{name} accuracy": e["accuracy"] for name, e in exported.items() if "accuracy" in e},
+            values={
+                f"{name} {key}": e[key] for name, e in exported.items() for key in measured[:1] if key in e
+            },
         )
     )
 
     tell(Event("shift", 0))
     started = time.perf_counter()
-    logits = {"float": predict(float_model, data.test_x), "quantized": predict(packed, data.test_x)}
-    shift = {"float": evaluate_shifts(float_model, data), "quantized": evaluate_shifts(packed, data)}
+    models = {"float": float_model, "quantized": packed}
+    figures, answers = _both({name: data.answers(model) for name, model in models.items()})
+    shift = {name: found for name, model in models.items() if (found := data.shifts(model))}
     tell(Event("shift", values={f"{name} accuracy": found["mean"] for name, found in shift.items()}))
     shift_seconds = time.perf_counter() - started
 
@@ -95,9 +95,10 @@ def deliver(
         "model": recipe.model.name,
         "data": data.name,
         "environment": environment(),
-        "float": score(logits["float"], data.test_y),
+        **data.facts(),
+        "float": figures["float"],
         "post_training": dict(post_training),
-        "quantized": score(logits["quantized"], data.test_y),
+        "quantized": figures["quantized"],
         "searched": outcome and outcome.searched,
         "uniform": outcome and outcome.uniform,  # the competitor of a search
         "winner": outcome and outcome.winner,
@@ -111,12 +112,17 @@ def deliver(
     tell(Event("report", 0))
     del metrics["cost"]["layers"]  # they are in plan.json
     write_json(out / "metrics.json", metrics)
-    _write_predictions(out / "predictions.npz", data, {name: rows.argmax(1) for name, rows in logits.items()})
+    data.write_answers(out, answers)
     write_report(out)
     if mismatch is not None:
         raise mismatch
     tell(Event("report"))
     return metrics
+
+
+def _both(found: Mapping[str, tuple[dict[str, float], Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The metrics of each model, and its answers."""
+    return {name: pair[0] for name, pair in found.items()}, {name: pair[1] for name, pair in found.items()}
 
 
 def estimates(cost: CostModel, tables: Sequence[CostTable]) -> dict[str, Any]:
@@ -158,25 +164,10 @@ EXPORTED_PATHS = {"native": "model", "onnx": "model.onnx"}
 
 
 def _verify(
-    trained: nn.Module, packed: nn.Module, paths: Mapping[str, Path], data: Data
+    trained: nn.Module, packed: nn.Module, paths: Mapping[str, Path], data: Examples
 ) -> tuple[dict[str, Any], ExportMismatch | None]:
     """The certificate, and the mismatch that it records, if any."""
     try:
-        return verify(trained, packed, paths, to_float(data.test_x), data.test_y), None
+        return verify(trained, packed, paths, *data.verified(), score=data.score), None
     except ExportMismatch as mismatch:
         return mismatch.certificate, mismatch  # type: ignore[attr-defined]
-
-
-def _write_predictions(path: Path, data: Data, answers: Mapping[str, Tensor]) -> None:
-    """Labels, every model's answers, and the first test images that the quantized model misreads."""
-    misread = (answers["quantized"] != data.test_y).nonzero().flatten()[:MISREAD]
-    arrays: dict[str, Any] = {
-        "labels": data.test_y.numpy(),
-        "images": data.test_x[misread].numpy(),
-        "image_rows": misread.numpy(),
-        "classes": np.array(data.classes),
-        **{name: rows.numpy() for name, rows in answers.items()},
-    }
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    write_atomic(path, buffer.getvalue())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import glob
-import itertools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,13 +38,11 @@ from bitsmith.recipe.methods import build_methods
 from bitsmith.recipe.progress import Event, Progress, silent
 from bitsmith.recipe.schema import Recipe, relocated
 from bitsmith.recipe.threads import enough_threads
-from bitsmith.tasks import Data, build, evaluate, load
-from bitsmith.tasks.dataset import to_float
+from bitsmith.tasks import Examples, build, load
 from bitsmith.tasks.resnet import load_weights
 from bitsmith.train import Progress as TrainProgress
 from bitsmith.train import TrainConfig, train
 
-BATCH = 256  # rows of a calibration batch
 CHECK_SAMPLES = 64
 History = dict[str, list[dict[str, Any]]]
 REESTIMATION_SAMPLES = 4096  # a few hundred are enough for BatchNorm; more than this only costs time
@@ -74,7 +71,8 @@ def run(
         data, model = read_inputs(recipe)
         tell(
             Event(
-                "data", note=f"{data.name}: {len(data.train_x)} training and {len(data.test_x)} test images"
+                "data",
+                note=f"{data.name}: {len(data.train_x)} training and {len(data.test_x)} test {data.unit}",
             )
         )
         # The floors draw from generators of their own; what PyTorch draws by itself (the weights of a model
@@ -89,7 +87,7 @@ def run(
 def _run(
     recipe: Recipe,
     out: Path,
-    data: Data,
+    data: Examples,
     model: nn.Module,
     tell: Progress,
     start_values: Mapping[str, Tensor] | None,
@@ -112,9 +110,10 @@ def _run(
     elif search is not None:
         competition.start(search, model, data, recipe.train.seed)
     rounded = model if search is None else competition.nearest_rounding(search, model)
-    post_training = evaluate(rounded, data.test_x, data.test_y)
+    post_training = data.evaluate(rounded, data.test_x, data.test_y)
     seconds["post_training"] = time.perf_counter() - started
-    tell(Event("post_training", values={"test accuracy": post_training["accuracy"]}))
+    shown = data.figures[0]
+    tell(Event("post_training", values={f"test {shown}": post_training[shown]}))
 
     facts = train_quantized("qat", recipe, model, methods, float_model, data, out, tell)
     history["qat"], seconds["qat"] = facts["history"], facts["seconds"]
@@ -132,7 +131,7 @@ def compete(
     search: Any,
     float_model: nn.Module,
     searched: nn.Module,
-    data: Data,
+    data: Examples,
     out: Path,
     history: History,
     seconds: dict[str, float],
@@ -157,7 +156,7 @@ def compete(
             "cost": search.cost.exact(widths),
             "sites": widths,
         }
-        if competition.is_ahead(facts["uniform"], facts["searched"], search.cost, widths, bits):
+        if competition.is_ahead(facts["uniform"], facts["searched"], search.cost, widths, bits, data.rank):
             winner, model, bits = "uniform", uniform, widths
     save_stage(out, "winner", model.state_dict(), {"winner": winner})
     budget = competition.budget_entries(search, bits)
@@ -165,17 +164,21 @@ def compete(
     return model, competition.Outcome(winner, facts["searched"], facts["uniform"] or None, budget, tables)
 
 
-def read_inputs(recipe: Recipe) -> tuple[Data, nn.Module]:
+def read_inputs(recipe: Recipe) -> tuple[Examples, nn.Module]:
     """The recipe's data, and its float model as the job starts with it."""
-    data = load(recipe.data.name, **{"seed": recipe.train.seed, **recipe.data.arguments})
+    data = load(
+        recipe.data.name,
+        **{"seed": recipe.train.seed, "model": recipe.model.name, **recipe.data.arguments},
+    )
     model = build(recipe.model.name, **{"seed": recipe.train.seed, **recipe.model.arguments})
     if recipe.pretrained is not None:
         load_weights(model, recipe.pretrained)
+    data.check(model, recipe.quantize.calibration_samples)
     return data, model
 
 
 def train_float(
-    recipe: Recipe, model: nn.Module, data: Data, out: Path, tell: Progress
+    recipe: Recipe, model: nn.Module, data: Examples, out: Path, tell: Progress
 ) -> tuple[list[dict[str, Any]], float]:
     """Stage "float": the baseline, trained in place. Returns its history and seconds."""
     if recipe.float_train is None:
@@ -185,18 +188,18 @@ def train_float(
         facts = _train("float", model, data, recipe.float_train, out, tell)
         save_stage(out, "float", model.state_dict(), facts)
         stage_path(out, "float_training").unlink(missing_ok=True)
-    tell(Event("float", values={"validation accuracy": facts["validation_accuracy"]}))
+    tell(Event("float", values=_validated(facts)))
     return facts["history"], facts["seconds"]
 
 
-def quantize(recipe: Recipe, model: nn.Module, data: Data) -> tuple[Coverage, list[Method]]:
+def quantize(recipe: Recipe, model: nn.Module, data: Examples) -> tuple[Coverage, list[Method]]:
     """Prepare and calibrate ``model`` in place: what a post-training quantization would ship.
 
     Returns what became of each parameter, and the recipe's methods, attached.
     """
     plan = Plan.load(recipe.plan) if recipe.plan is not None else None
     coverage, methods = prepare_sites(recipe, model, plan, data.example())
-    calibrate(model, _sample(data, recipe.quantize.calibration_samples, recipe.train.seed))
+    calibrate(model, [x for x, _ in data.drawn(recipe.quantize.calibration_samples, recipe.train.seed)])
     if plan is not None:
         commit(model, plan)  # the widths are set already: this checks that plan and model have the same sites
     return coverage, methods
@@ -253,7 +256,7 @@ def train_quantized(
     model: nn.Module,
     methods: list[Method],
     teacher: nn.Module,
-    data: Data,
+    data: Examples,
     out: Path,
     tell: Progress,
 ) -> dict[str, Any]:
@@ -273,11 +276,11 @@ def train_quantized(
     if found:
         model.load_state_dict(found[0])
     else:
-        reestimate_batchnorm(model, _as_trained(data, REESTIMATION_SAMPLES, recipe.train.seed))
-        facts["validation_accuracy"] = _validation(model, data)
+        reestimate_batchnorm(model, data.as_trained(REESTIMATION_SAMPLES, recipe.train.seed))
+        facts |= _validation(model, data)
         save_stage(out, stage, model.state_dict(), facts)
         stage_path(out, f"{stage}_training").unlink(missing_ok=True)
-    tell(Event(stage, values={"validation accuracy": facts["validation_accuracy"]}))
+    tell(Event(stage, values=_validated(facts)))
     return facts
 
 
@@ -294,7 +297,7 @@ def _finished(stage: str, model: nn.Module, out: Path) -> dict[str, Any] | None:
 def _train(
     stage: str,
     model: nn.Module,
-    data: Data,
+    data: Examples,
     config: TrainConfig,
     out: Path,
     tell: Progress,
@@ -304,9 +307,7 @@ def _train(
     """Train ``model`` in place, resuming where a checkpoint of this stage lies. Returns plain facts."""
 
     def show(now: TrainProgress) -> None:
-        values = {"loss": now.loss}
-        if now.record and "validation_accuracy" in now.record:
-            values["validation accuracy"] = now.record["validation_accuracy"]
+        values = {"loss": now.loss, **_validated(now.record or {})}
         if now.record or now.step % 20 == 0:
             # one unit is kept back for what follows training, so that the stage is not shown as finished
             tell(Event(stage, now.step, now.steps + 1, values))
@@ -319,7 +320,7 @@ def _train(
         methods=methods,
         teacher=teacher,
         augment=data.augment,
-        validate=(lambda: _validation(model, data)) if len(data.val_x) else None,
+        validate=(lambda: data.validate(model)) if len(data.val_x) else None,
         progress=show,
         checkpoint=stage_path(out, f"{stage}_training"),
         resume=True,
@@ -334,28 +335,15 @@ def _train(
         "seconds": result.seconds,
         "precision": result.precision,
         "device": result.device,
-        "validation_accuracy": _validation(model, data),
+        **_validation(model, data),
     }
 
 
-def _validation(model: nn.Module, data: Data) -> float:
-    """Accuracy on the validation split; on the training split where there is none."""
-    x, y = (data.val_x, data.val_y) if len(data.val_x) else (data.train_x, data.train_y)
-    return evaluate(model, x, y)["accuracy"]
+def _validation(model: nn.Module, data: Examples) -> dict[str, float]:
+    """What is watched while training, under the names of the history."""
+    return {f"validation_{name}": value for name, value in data.validate(model).items()}
 
 
-def _sample(data: Data, count: int, seed: int) -> list[Tensor]:
-    """Batches of up to ``count`` training images, drawn at random: stored order may be by class."""
-    rows = torch.randperm(len(data.train_x), generator=torch.Generator().manual_seed(seed))[:count]
-    return [to_float(data.train_x[part]) for part in torch.split(rows, BATCH)]
-
-
-def _as_trained(data: Data, count: int, seed: int) -> list[Tensor]:
-    """About ``count`` training images as training sees them, in whole batches: shuffled and augmented.
-
-    Statistics of plain images fit weights that were trained on augmented ones badly (docs/findings.md).
-    """
-    size = min(256, len(data.train_x))
-    batches = data.batches("train", size, torch.Generator().manual_seed(seed))
-    wanted = max(1, min(count, len(data.train_x)) // size)
-    return [images for images, _ in itertools.islice(batches, wanted)]
+def _validated(facts: Mapping[str, Any]) -> dict[str, float]:
+    """The validation figures among the facts of a stage or an epoch, as they are told."""
+    return {name.replace("_", " "): value for name, value in facts.items() if name.startswith("validation_")}

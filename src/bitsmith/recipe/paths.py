@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-DATA = ("npz:", "folder:")
+DATA = ("npz:", "folder:", "text:")
+HUB = "hf:"  # a folder where there is one of that name; else a name on a hub
 KEYS = ("pretrained", "plan")  # always a path; a target or a table is one where it ends in .json
 
 
@@ -52,6 +53,18 @@ def _with_paths(document: Mapping[str, Any], change: Callable[[str], str]) -> di
             return given
         return {**given, "budget": {**given["budget"], "tables": [table(entry) for entry in tables]}}
 
+    def hub(value: Any) -> Any:
+        if not (isinstance(value, str) and value.startswith(HUB)):
+            return value
+        place = change(value.removeprefix(HUB))
+        return f"{HUB}{place}" if os.path.isdir(place) else value
+
+    def named(section: Mapping[str, Any]) -> dict[str, Any]:
+        given = section.get("arguments")
+        if isinstance(given, Mapping) and "tokenizer" in given:
+            section = {**section, "arguments": {**given, "tokenizer": hub(given["tokenizer"])}}
+        return {**section, "name": hub(section["name"])}
+
     found = dict(document)
     for key in KEYS:
         if key in found:
@@ -61,6 +74,7 @@ def _with_paths(document: Mapping[str, Any], change: Callable[[str], str]) -> di
     if _has(found.get("data"), "name") and str(found["data"]["name"]).startswith(DATA):
         loader, _, where = found["data"]["name"].partition(":")
         found["data"] = {**found["data"], "name": f"{loader}:{path(where)}"}
+    found |= {key: named(found[key]) for key in ("model", "data") if _has(found.get(key), "name")}
     if isinstance(found.get("methods"), list):
         found["methods"] = [
             {name: options(given) for name, given in entry.items()} if isinstance(entry, Mapping) else entry

@@ -22,7 +22,7 @@ from bitsmith.recipe import competition
 from bitsmith.recipe.job import quantize, read_inputs
 from bitsmith.recipe.schema import Recipe
 from bitsmith.recipe.threads import enough_threads
-from bitsmith.tasks import Data, evaluate
+from bitsmith.tasks import Examples
 from bitsmith.train import Progress, TrainConfig, train
 
 STEPS = 12  # timed steps of each training; the first are warm-up
@@ -36,7 +36,7 @@ def predict(recipe: Recipe) -> dict[str, Any]:
         return _predict(recipe, data, model)
 
 
-def _predict(recipe: Recipe, data: Data, model: nn.Module) -> dict[str, Any]:
+def _predict(recipe: Recipe, data: Examples, model: nn.Module) -> dict[str, Any]:
     teacher = copy.deepcopy(model)
     seconds = {"float": 0.0}
     if recipe.float_train is not None:
@@ -56,6 +56,7 @@ def _predict(recipe: Recipe, data: Data, model: nn.Module) -> dict[str, Any]:
         "model": recipe.model.name,
         "data": {
             "name": data.name,
+            "unit": data.unit,
             "train": len(data.train_x),
             "val": len(data.val_x),
             "test": len(data.test_x),
@@ -73,11 +74,11 @@ def _predict(recipe: Recipe, data: Data, model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _steps(data: Data, config: TrainConfig | None) -> int:
+def _steps(data: Examples, config: TrainConfig | None) -> int:
     return 0 if config is None else config.epochs * -(-len(data.train_x) // config.batch_size)
 
 
-def _seconds(model: nn.Module, data: Data, config: TrainConfig, **others: Any) -> float:
+def _seconds(model: nn.Module, data: Examples, config: TrainConfig, **others: Any) -> float:
     """Predicted seconds of one training: median step times steps, and one validation an epoch."""
     rows = min(len(data.train_x), STEPS * config.batch_size)
     trial = dataclasses.replace(config, epochs=-(-STEPS * config.batch_size // rows))
@@ -93,7 +94,7 @@ def _seconds(model: nn.Module, data: Data, config: TrainConfig, **others: Any) -
     gaps = torch.tensor(ticks).double().diff()[WARM_UP:]
     started = time.perf_counter()
     if len(data.val_x):
-        evaluate(model.cpu(), data.val_x, data.val_y)
+        data.validate(model.cpu())
     validation = time.perf_counter() - started
     return _steps(data, config) * float(gaps.median()) + config.epochs * validation
 

@@ -15,7 +15,7 @@ STAGES = {
     "qat": "train the quantized model",
     "uniform": "train the uniform competitor",
     "export": "export and verify",
-    "shift": "measure under shifts",
+    "shift": "measure what is delivered",
     "report": "write the report",
 }
 

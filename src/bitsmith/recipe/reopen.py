@@ -24,11 +24,10 @@ from bitsmith.recipe.directory import load_stage, stage_path
 from bitsmith.recipe.job import prepare_sites
 from bitsmith.recipe.load import load_recipe
 from bitsmith.recipe.schema import EXPORTS, NO_RUNTIME, Recipe
-from bitsmith.tasks import Data, build, evaluate
+from bitsmith.tasks import Data, Examples, build
 from bitsmith.tasks import load as load_data
 from bitsmith.tasks.data import LOADERS
-from bitsmith.tasks.dataset import to_float
-from bitsmith.tasks.models import MODELS, NOT_STRUCTURE
+from bitsmith.tasks.models import HUB, MODELS, NOT_STRUCTURE
 from bitsmith.tasks.shifts import SHIFTS, evaluate_shifts
 
 
@@ -87,7 +86,7 @@ def _packed_sites(model: nn.Module) -> list[dict[str, Any]]:
 def evaluate_run(
     path: Path, *, data: str | None = None, shift: str | None = None, factory: str | None = None
 ) -> dict[str, Any]:
-    """Accuracy and loss of a run's packed model on its test split, or on that of ``data``.
+    """The metrics of a run's packed model on its test split, or on that of ``data``.
 
     ``shift``: the name of a shift, or "all". Raises RecipeError, FormatError, DataError.
     """
@@ -103,18 +102,26 @@ def evaluate_run(
     model, examples = reopen(path, data, factory)
     shifts: dict[str, float] = {}
     if shift is not None:
+        if not isinstance(examples, Data):
+            raise RecipeError(
+                "no shift is known of these data",
+                where="--shift",
+                got=examples.name,
+                expected="images",
+                remedy="Leave --shift out",
+            )
         found = evaluate_shifts(model, examples)
         shifts = found if shift == "all" else {shift: found[shift]}
     return {
         "run": str(path),
         "data": examples.name,
-        "images": len(examples.test_x),
-        **evaluate(model, examples.test_x, examples.test_y),
+        examples.unit: len(examples.test_x),
+        **examples.evaluate(model, examples.test_x, examples.test_y),
         "shift": shifts,
     }
 
 
-def reopen(path: Path, data: str | None, factory: str | None) -> tuple[nn.Module, Data]:
+def reopen(path: Path, data: str | None, factory: str | None) -> tuple[nn.Module, Examples]:
     """The packed model of a run, and data for it. Raises RecipeError where code would have to be named."""
     recipe = _recipe(path)
     examples = _data(path, recipe, data)
@@ -143,11 +150,12 @@ def _float_model(path: Path, recipe: Recipe, factory: str | None) -> nn.Module:
     return build(name, **{k: v for k, v in recipe.model.arguments.items() if k not in NOT_STRUCTURE})
 
 
-def _data(path: Path, recipe: Recipe, data: str | None) -> Data:
+def _data(path: Path, recipe: Recipe, data: str | None) -> Examples:
+    model = recipe.model.name
     if data is not None:
-        return load_data(data)
+        return load_data(data, model=model)
     refuse_code(path, recipe, "", "data")
-    return load_data(recipe.data.name, **{"seed": recipe.train.seed, **recipe.data.arguments})
+    return load_data(recipe.data.name, **{"seed": recipe.train.seed, "model": model, **recipe.data.arguments})
 
 
 def refuse_code(path: Path, recipe: Recipe, cure: str = "", *kinds: str) -> None:
@@ -158,7 +166,8 @@ def refuse_code(path: Path, recipe: Recipe, cure: str = "", *kinds: str) -> None
     names = {"model": recipe.model.name, "data": recipe.data.name}
     for kind in kinds or names:
         name = names[kind]
-        if name not in MODELS if kind == "model" else name.partition(":")[0] not in LOADERS:
+        known = name in MODELS or name.startswith(HUB)
+        if not known if kind == "model" else name.partition(":")[0] not in LOADERS:
             raise RecipeError(
                 f"this run's {kind} is made by code, which is not taken from a run directory",
                 where=str(path),
@@ -214,7 +223,7 @@ def export_run(
     model.load_state_dict(stage[0])
     packed = finalize(model.eval(), examples.example())
     paths = write_exports(packed, formats, path, examples.example())
-    certificate = verify(model, packed, paths, to_float(examples.test_x), examples.test_y)
+    certificate = verify(model, packed, paths, *examples.verified(), score=examples.score)
     if (path / "certificate.json").exists():  # the files of other formats are still there
         before = read_json(path / "certificate.json", "certificate")
         certificate["exports"] = {**before.get("exports", {}), **certificate["exports"]}

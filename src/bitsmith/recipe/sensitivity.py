@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitsmith.errors import Interrupted, RecipeError
@@ -35,11 +34,11 @@ from bitsmith.recipe.job import prepare_sites, read_inputs
 from bitsmith.recipe.limits import CANDIDATES, budget_of, search_options, without_search
 from bitsmith.recipe.progress import Event, Progress, silent
 from bitsmith.recipe.schema import Recipe
-from bitsmith.tasks import Data, evaluate
-from bitsmith.tasks.dataset import to_float
+from bitsmith.tasks import Examples
+from bitsmith.train.distillation import cross_entropy
 
-SCORED = 512  # training images that the scores are taken from
-MEASURED = 512  # validation images that losses are measured on
+SCORED = 512  # training rows that the scores are taken from
+MEASURED = 512  # validation rows that losses are measured on
 BATCH = 128
 TOP = 10
 FILE = "sensitivity.json"
@@ -68,7 +67,7 @@ def analyse(
     with open_baseline(Path(out), recipe) as directory:
         tell(Event("data", 0))
         data, model = read_inputs(recipe)
-        tell(Event("data", note=f"{data.name}: {len(data.train_x)} training images"))
+        tell(Event("data", note=f"{data.name}: {len(data.train_x)} training {data.unit}"))
         _plan(
             Sites(recipe, copy.deepcopy(model), data, budget), None
         )  # an impossible budget is found out now
@@ -87,6 +86,7 @@ def analyse(
             "target": recipe.target,
             "seed": recipe.train.seed,
             "plan_from": "recipe" if budget is None else "budget",
+            **({"unit": data.unit} if data.unit != "images" else {}),
             "samples": {"scores": min(SCORED, len(data.train_x)), "measured": len(_validation(data)[0])},
             **_plan(found, scores),
             **found.measured(scores, top),
@@ -115,7 +115,7 @@ class Sites:
     candidates: site -> its widths, ascending; own: site -> the width that the recipe gives it.
     """
 
-    def __init__(self, recipe: Recipe, model: nn.Module, data: Data, budget: Budget | None) -> None:
+    def __init__(self, recipe: Recipe, model: nn.Module, data: Examples, budget: Budget | None) -> None:
         options = search_options(recipe) or {}
         plan = Plan.load(recipe.plan) if recipe.plan is not None else None
         # With a budget these widths are only where the plan starts from.
@@ -153,13 +153,10 @@ class Sites:
 
     def scores(self) -> dict[str, Tensor]:
         """Site -> score of each candidate (K,)."""
-        rows = _rows(self.data, self.recipe.quantize.calibration_samples, self.recipe.train.seed)
-        calibrate(self.model, [to_float(self.data.train_x[part]) for part in rows.split(2 * BATCH)])
-        found = sensitivity(
-            self.model,
-            [(to_float(self.data.train_x[p]), self.data.train_y[p]) for p in rows[:SCORED].split(BATCH)],
-            F.cross_entropy,
-        )
+        samples, seed = self.recipe.quantize.calibration_samples, self.recipe.train.seed
+        calibrate(self.model, [x for x, _ in self.data.drawn(samples, seed)])
+        batches = self.data.drawn(min(samples, SCORED), seed, BATCH)
+        found = sensitivity(self.model, batches, cross_entropy)
         return {name: found[name] for name in self.candidates}
 
     def measured(self, scores: Mapping[str, Tensor], top: int) -> dict[str, Any]:
@@ -175,12 +172,12 @@ class Sites:
         users = {name: _users(layers, quantizers[name]) for _, name, _ in pairs}
         entries = []
         with without_quantizers(layers):
-            before = evaluate(self.model, x, y)
+            before = self.data.evaluate(self.model, x, y)
             for score, name, bits in sorted(pairs, reverse=True)[:top]:
                 quantizers[name].commit(bits)
                 for layer, attribute in users[name]:
                     setattr(layer, attribute, quantizers[name])
-                after = evaluate(self.model, x, y)
+                after = self.data.evaluate(self.model, x, y)
                 for layer, attribute in users[name]:
                     setattr(layer, attribute, None)
                 increase = after["loss"] - before["loss"]
@@ -278,13 +275,8 @@ def _users(layers: Iterable[Any], quantizer: nn.Module) -> list[tuple[Any, str]]
     ]
 
 
-def _rows(data: Data, count: int, seed: int) -> Tensor:
-    """Training rows, drawn at random: stored order may be by class."""
-    return torch.randperm(len(data.train_x), generator=torch.Generator().manual_seed(seed))[:count]
-
-
-def _validation(data: Data) -> tuple[Tensor, Tensor]:
-    """Up to MEASURED validation images, of the training part where there is no validation split."""
-    x, y = (data.val_x, data.val_y) if len(data.val_x) else (data.train_x, data.train_y)
+def _validation(data: Examples) -> tuple[Tensor, Tensor]:
+    """Up to MEASURED validation rows, of the training part where there is no validation split."""
+    x, y = data.validation()
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:MEASURED]
     return x[rows], y[rows]

@@ -38,7 +38,7 @@ from bitsmith.recipe.progress import Event, Progress, silent
 from bitsmith.recipe.schema import Recipe, relocated
 from bitsmith.recipe.sensitivity import Sites, wanted_budget
 from bitsmith.report.front import write_front
-from bitsmith.tasks import Data
+from bitsmith.tasks import Examples
 
 FILE = "sweep.json"
 GAIN = 0.5
@@ -148,7 +148,9 @@ def sweep(
         return result
 
 
-def _points(recipe: Recipe, kind: str, budgets: Sequence[float], data: Data, model: nn.Module) -> list[Point]:
+def _points(
+    recipe: Recipe, kind: str, budgets: Sequence[float], data: Examples, model: nn.Module
+) -> list[Point]:
     """The points of a sweep, the largest budget first. Raises BudgetError for one that no plan meets."""
     plan = Plan.load(recipe.plan) if recipe.plan is not None else None
     points = []
@@ -219,7 +221,7 @@ def _entry(point: Point, directory: Path, metrics: Mapping[str, Any]) -> dict[st
 
 
 def _result(
-    recipe: Recipe, data: Data, found: Sequence[dict[str, Any]], metrics: Mapping[str, Any], point: Point
+    recipe: Recipe, data: Examples, found: Sequence[dict[str, Any]], metrics: Mapping[str, Any], point: Point
 ) -> dict[str, Any]:
     return {
         "version": 1,
@@ -227,7 +229,8 @@ def _result(
         "data": data.name,
         "target": recipe.target,
         "seed": recipe.train.seed,
-        "test_images": len(data.test_x),
+        "test_images": data.test_y.numel(),  # or tokens: what an accuracy is a share of
+        **({"unit": "tokens"} if data.unit != "images" else {}),
         "kind": point.kind,
         "unit": point.cost.tables[point.kind].unit if point.kind in point.cost.tables else None,
         "float": {"accuracy": metrics["float"]["accuracy"], "used": _float_cost(point)},

@@ -24,9 +24,10 @@ ANSWERS = ("float", "quantized")
 
 
 def traces(run: Run) -> str:
-    """Loss and validation accuracy of every phase of training."""
+    """Loss and validation figure of every phase of training."""
     loss = _curves(run, "loss")
-    valid = _curves(run, "validation_accuracy")
+    by = words.measure(run)
+    valid = _curves(run, f"validation_{by.key}")
     halves = []
     if loss:
         values = [y for one in loss for _, y in one.points]
@@ -35,10 +36,10 @@ def traces(run: Run) -> str:
         plot = svg.lines(loss, lambda y: f"{y:.3g}", _x_label(run), _describe(name, loss, "{:.3g}"), wide)
         halves.append(f'<div class="half"><h3>{name}</h3>{plot}</div>')
     if valid:
-        plot = svg.lines(
-            valid, svg.show_percent, _x_label(run), _describe("Validation accuracy", valid, "{:.1%}")
-        )
-        halves.append(f'<div class="half"><h3>Validation accuracy</h3>{plot}</div>')
+        name, accurate = f"Validation {by.key}", by is words.ACCURACY
+        show, form = (svg.show_percent, "{:.1%}") if accurate else (svg.show_number, "{:.3g}")
+        plot = svg.lines(valid, show, _x_label(run), _describe(name, valid, form))
+        halves.append(f'<div class="half"><h3>{name}</h3>{plot}</div>')
     if not halves:
         return ""
     shown = {one.kind: one.label for one in [*loss, *valid]}

@@ -118,8 +118,6 @@ def _tick(show: Callable[[float | None], str]) -> Callable[[float], str]:
 def _table(runs: Sequence[Run], names: Sequence[str]) -> str:
     rows = []
     for index, (run, name) in enumerate(zip(runs, names, strict=True)):
-        digits = words.decimals(run)
-        before, after = run.accuracy("float"), run.accuracy("quantized")
         shift = ((run.metrics.get("shift") or {}).get("quantized") or {}).get("mean")
         weights, activations = run.cost("average_weight_bits"), run.cost("average_activation_bits")
         verified = {
@@ -130,11 +128,11 @@ def _table(runs: Sequence[Run], names: Sequence[str]) -> str:
         rows.append(
             [
                 f"<small>{index + 1}</small> {page.text(name)}",
-                words.percent(before, digits),
-                words.percent(run.accuracy("post_training"), digits),
-                f"<b>{words.percent(after, digits)}</b>",
-                words.points((after or 0) - (before or 0), digits),
-                words.percent(run.accuracy("exported"), digits),
+                words.result(run, "float"),
+                words.result(run, "post_training"),
+                f"<b>{words.result(run, 'quantized')}</b>",
+                words.change(run, "quantized"),
+                words.result(run, "exported"),
                 words.percent(shift),
                 words.size(run.cost("weight_bytes")),
                 words.factor(run.cost("weight_bytes_float"), run.cost("weight_bytes")),

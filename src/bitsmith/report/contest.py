@@ -25,18 +25,24 @@ def result(run: Run) -> tuple[str, str] | None:
     if not winner(run):
         return None
     searched, uniform = run.metrics["searched"], run.metrics.get("uniform")
+    decides = f"validation_{words.measure(run).key}"
+    places = {decides: "on validation, which decided", words.measure(run).key: "on test"}
     if not uniform:
-        figures = words.listing(_alone(searched, key, run) for key in PLACES if is_number(searched.get(key)))
+        figures = words.listing(
+            f"{_shown(searched[key], run)} {where.removesuffix(', which decided')}"
+            for key, where in places.items()
+            if is_number(searched.get(key))
+        )
         reason = "no uniform plan fits the budget" if run.budgets else "there was no uniform plan"
         return "The searched plan was delivered unopposed", f"{reason}. {figures}. {_used(run)}".strip()
     first, second = (searched, uniform) if winner(run) == "searched" else (uniform, searched)
     name = uniform_name(run)
     other = f"the {name} of the same budget" if first is searched else "the searched plan"
     figures = "; ".join(
-        _against(first, second, key, run, other if index == 0 else "")
-        for index, key in enumerate(key for key in PLACES if _both(first, second, key))
+        _against(first, second, key, places[key], run, other if index == 0 else "")
+        for index, key in enumerate(key for key in places if _both(first, second, key))
     )
-    drew = all(first.get(key) == second.get(key) for key in (DECIDES, LOSS))
+    drew = all(first.get(key) == second.get(key) for key in (decides, LOSS))
     if first is uniform:
         note = "All figures below are the uniform plan's."
         how = "drew, costs no more and was delivered" if drew else "won and was delivered"
@@ -59,37 +65,38 @@ def uniform_name(run: Run) -> str:
     return f"uniform plan ({shown} bits)" if bits else "uniform plan"
 
 
-DECIDES, LOSS = "validation_accuracy", "validation_loss"
-PLACES = {DECIDES: "on validation, which decided", "accuracy": "on test"}
+LOSS = "validation_loss"
 
 
 def _both(first: dict[str, Any], second: dict[str, Any], key: str) -> bool:
     return is_number(first.get(key)) and is_number(second.get(key))
 
 
-def _alone(standing: dict[str, Any], key: str, run: Run) -> str:
-    return (
-        f"{words.percent(standing[key], words.decimals(run))} {PLACES[key].removesuffix(', which decided')}"
-    )
+def _shown(value: float, run: Run) -> str:
+    return words.measure(run).show(value, words.decimals(run))
 
 
-def _against(first: dict[str, Any], second: dict[str, Any], key: str, run: Run, other: str) -> str:
+def _against(
+    first: dict[str, Any], second: dict[str, Any], key: str, place: str, run: Run, other: str
+) -> str:
     """ "97.8 % against 96.9 % for the uniform plan on validation, which decided (0.9 points ahead)"."""
-    digits = words.decimals(run)
+    by, digits = words.measure(run), words.decimals(run)
     difference = first[key] - second[key]
-    ours, theirs = words.percent(first[key], digits), words.percent(second[key], digits)
+    ours, theirs = _shown(first[key], run), _shown(second[key], run)
     named = f" for {other}" if other else ""
     if difference == 0:
-        text = f"{ours} against as much{named} {PLACES[key]}"
-        if key == DECIDES and _both(first, second, LOSS) and first[LOSS] != second[LOSS]:
+        text = f"{ours} against as much{named} {place}"
+        losses = _both(first, second, LOSS) and first[LOSS] != second[LOSS]
+        if key == "validation_accuracy" and losses:
             text = text.replace(
                 ", which decided", f" (loss {first[LOSS]:.3g} against {second[LOSS]:.3g}, which decided)"
             )
         return text
-    number = words.points(difference, digits).strip("+" + words.MINUS)
-    lead = f"{number} points" if float(number) else f"less than {10**-digits:g} points"
-    side = "ahead" if difference > 0 else "behind"
-    return f"{ours} against {theirs}{named} {PLACES[key]} ({lead} {side})"
+    number = by.gap(difference, digits).strip("+" + words.MINUS)
+    least = 10**-digits if by is words.ACCURACY else 0.001
+    lead = f"{number} {by.unit}s" if float(number) else f"less than {least:g} {by.unit}s"
+    side = "ahead" if (difference > 0) != by.lower_is_better else "behind"
+    return f"{ours} against {theirs}{named} {place} ({lead} {side})"
 
 
 def _used(run: Run) -> str:

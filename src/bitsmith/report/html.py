@@ -8,7 +8,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from bitsmith.files import write_atomic
-from bitsmith.report import behaviour, contest, fractional, hardware, outcome, page, record, search, words
+from bitsmith.report import (
+    behaviour,
+    contest,
+    fractional,
+    hardware,
+    language,
+    outcome,
+    page,
+    record,
+    search,
+    words,
+)
 from bitsmith.report.metrics import Run, read_run
 
 FEW = 10  # misread images that leave room beside a confusion matrix
@@ -43,6 +54,8 @@ def render(run: Run) -> str:
         page.grid(row)
         for row in (
             (outcome.accuracy(run), outcome.cost(run)),
+            (language.figures(run),),
+            (language.samples(run),),
             (outcome.layers(run),),
             (search.savings(run),),
             (search.traces(run),),
@@ -54,9 +67,10 @@ def render(run: Run) -> str:
             *_proofs(run),
         )
     )
+    what = "Accuracies" if words.measure(run) is words.ACCURACY else "Losses"
     footer = (
         "Made by Bitsmith from the files in this run directory; works offline. "
-        "Bytes are decimal (1 kB = 1,000 B). Accuracies are of the test set unless they say validation."
+        f"Bytes are decimal (1 kB = 1,000 B). {what} are of the test set unless they say validation."
     )
     return page.document(f"{title} · {run.name}", header, body, footer, fractional.style(run))
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from bitsmith.errors import FormatError
 from bitsmith.files import read_json
 from bitsmith.report.certificate import Certified, is_number, read_certificate
+from bitsmith.report.samples import Sample, read_samples
 
 VERSION = 1
 FLOAT_BITS = 32
@@ -79,17 +80,22 @@ class Run:
     certified: tuple[Certified, ...] = ()
     not_checked: tuple[str, ...] = ()
     predictions: Predictions | None = None
+    samples: tuple[Sample, ...] = ()  # text that the models wrote
     recipe: str = ""
     files: Mapping[str, int] = field(default_factory=dict)  # exported file -> bytes on disk
 
     def accuracy(self, stage: str) -> float | None:
         """Accuracy in 0..1 of "float", "post_training", "quantized", "searched", "uniform" or "exported"."""
+        return self.figure(stage, "accuracy")
+
+    def figure(self, stage: str, key: str) -> float | None:
+        """A metric of a stage."""
         if stage == "exported":
             exports = self.metrics.get("exported") or {}
             order = sorted(exports, key=lambda name: name == "native")  # other people's runtimes first
-            found = [exports[name].get("accuracy") for name in order]
-            return next((float(value) for value in found if value is not None), None)
-        value = (self.metrics.get(stage) or {}).get("accuracy")
+            found = [exports[name].get(key) for name in order]
+            return next((float(value) for value in found if is_number(value)), None)
+        value = (self.metrics.get(stage) or {}).get(key)
         return float(value) if is_number(value) else None
 
     def cost(self, key: str) -> float | None:
@@ -157,6 +163,7 @@ def read_run(directory: str | Path) -> Run:
         certified=read_certificate(certificate),
         not_checked=tuple(str(item) for item in certificate.get("not_checked") or ()),
         predictions=_read_predictions(directory / "predictions.npz"),
+        samples=read_samples(directory / "samples.json"),
         recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
         files=sizes,
     )

@@ -25,16 +25,9 @@ STAGES = {  # stage -> (name, colour)
 
 def tiles(run: Run) -> str:
     """The key figures."""
-    digits = words.decimals(run)
-    before, after = run.accuracy("float"), run.accuracy("quantized")
-    difference = words.points((after or 0) - (before or 0), digits)
-    parts = [
-        page.tile(
-            "Accuracy",
-            words.percent(after, digits),
-            f"float {words.percent(before, digits)}, {difference} points",
-        )
-    ]
+    by = words.measure(run)
+    more = f"float {words.result(run, 'float')}, {words.change(run, 'quantized')} {by.unit}s"
+    parts = [page.tile(by.title, words.result(run, "quantized"), more)]
     for key, what, show, less in (
         ("weight_bytes", "Weights", words.size, "smaller than float"),
         ("bops", "Bit operations", words.count, "fewer than float"),
@@ -72,40 +65,40 @@ def alert(run: Run) -> str:
 
 def accuracy(run: Run) -> str:
     """Float, post-training, quantized, exported on one axis."""
-    digits, images = words.decimals(run), run.test_images
+    digits, images, by = words.decimals(run), run.test_images, words.measure(run)
     marks = []
     for stage, (label, kind) in STAGES.items():
-        value = run.accuracy(stage)
+        value = run.figure(stage, by.key)
         delivered = stage == contest.winner(run)  # "quantized" says it
         if value is not None and not delivered:
             spread = None
             if images:
                 error = math.sqrt(value * (1 - value) / images)
                 spread = (max(value - error, 0.0), min(value + error, 1.0))
-            marks.append(svg.Mark(label, value, kind, words.percent(value, digits), spread))
-    label = "Accuracy: " + ", ".join(f"{mark.label} {mark.text}" for mark in marks)
-    plot = svg.dots(marks, label, reference=run.accuracy("float"))
+            marks.append(svg.Mark(label, value, kind, by.show(value, digits), spread))
+    label = f"{by.title}: " + ", ".join(f"{mark.label} {mark.text}" for mark in marks)
+    show = svg.show_percent if by is words.ACCURACY else svg.show_number
+    plot = svg.dots(marks, label, reference=run.figure("float", by.key), show=show)
     note = f"Lines: one standard error of {images:,} test images." if images else ""
-    return page.card("Accuracy", plot + page.note(note), remark=_gain(run, digits))
+    return page.card(by.title, plot + page.note(note), remark=_gain(run))
 
 
-def _gain(run: Run, digits: int) -> str:
-    before, after = run.accuracy("post_training"), run.accuracy("quantized")
-    if before is None or after is None:
+def _gain(run: Run) -> str:
+    gap, by = words.change(run, "quantized", "post_training"), words.measure(run)
+    if gap == words.DASH:
         return ""
+    number = gap.strip("+" + words.MINUS)
     if contest.winner(run):
-        gap = words.points(after - before, digits)
         side = "above" if gap.startswith("+") else "below" if gap.startswith(words.MINUS) else "from"
         return (
-            f"What is delivered is {gap.strip('+' + words.MINUS)} points {side} post-training, which is the "
+            f"What is delivered is {number} {by.unit}s {side} post-training, which is the "
             "float model rounded to the plan that the search started from."
         )
-    text = words.points(after - before, digits)
-    if text.startswith("+"):
-        return f"Training at these bits gained {text[1:]} points over rounding the float model to them."
-    if text.startswith(words.MINUS):
-        return f"Training at these bits lost {text[1:]} points against rounding the float model to them."
-    return "Rounding the float model to these bits is as accurate as training at them."
+    if float(number) == 0:
+        return "Rounding the float model to these bits is as accurate as training at them."
+    if gap.startswith("+") != by.lower_is_better:
+        return f"Training at these bits gained {number} {by.unit}s over rounding the float model to them."
+    return f"Training at these bits lost {number} {by.unit}s against rounding the float model to them."
 
 
 def cost(run: Run) -> str:

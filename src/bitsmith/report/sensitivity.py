@@ -85,9 +85,14 @@ def headline(found: Mapping[str, Any]) -> tuple[str, str]:
                 f"That one site at {bits_text(bits)}, and all else in float, takes the loss from "
                 f"{before:.3f} to {entry['loss']:.3f} and the accuracy from "
                 f"{words.percent(found['float']['accuracy'])} to {words.percent(entry['accuracy'])} "
-                f"({found['samples']['measured']} validation images)."
+                f"({found['samples']['measured']} validation {unit(found)})."
             )
     return title, f"By its score alone: nothing was measured. The float model's loss is {before:.3f}."
+
+
+def unit(found: Mapping[str, Any]) -> str:
+    """What the data are rows of: images, unless the file says otherwise."""
+    return str(found.get("unit", "images"))
 
 
 def bits_text(bits: int) -> str:
@@ -99,7 +104,7 @@ def asked(found: Mapping[str, Any]) -> str:
     """Model, data, samples and budget in one line."""
     parts = [
         f"{found['model']} on {found['data']}",
-        f"scores of {found['samples']['scores']} training images",
+        f"scores of {found['samples']['scores']} training {unit(found)}",
     ]
     if found["plan_from"] == "budget":
         parts += [f"budget {words.budget_text(entry)}" for entry in found["budget"]]
@@ -241,7 +246,7 @@ def _measured(found: Mapping[str, Any]) -> str:
     columns = ["Site", "Bits", "Score", "Loss", "Accuracy, points"]
     remark = (
         f"The {len(rows)} pairs with the highest scores, each on {found['samples']['measured']} validation "
-        f"images with all else in float, against float's loss of {found['float']['loss']:.3f}."
+        f"{unit(found)} with all else in float, against float's loss of {found['float']['loss']:.3f}."
     )
     table = page.table(columns, rows, "Measured losses", numbers=(1, 2, 3, 4))
     return page.card("Measured", table, remark=remark, wide=True)

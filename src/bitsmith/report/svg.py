@@ -22,6 +22,11 @@ def show_percent(fraction: float) -> str:
     return f"{100 * fraction:.4g}\u202f%"
 
 
+def show_number(value: float) -> str:
+    """A tick of any other axis: 1.25."""
+    return f"{value:.4g}"
+
+
 @dataclass(frozen=True)
 class Mark:
     """A labelled value; `kind` is the colour's class; `spread` is a whisker's (low, high)."""
@@ -88,18 +93,21 @@ def _text(x: str, y: str, text: str, style: str = "", **shift: float) -> str:
     return f'<text x="{x}" y="{y}"{moved} class="{style}">{escape(text)}</text>'
 
 
-def dots(marks: Sequence[Mark], label: str, reference: float | None = None) -> str:
+def dots(
+    marks: Sequence[Mark], label: str, reference: float | None = None, show: Format = show_percent
+) -> str:
     """One row per mark on a common axis that need not start at zero: positions are compared, not lengths."""
+    most = 1.0 if show is show_percent else math.inf
     ends = [end for mark in marks for end in (mark.value, *(mark.spread or ()))]
     margin = 0.08 * (max(ends) - min(ends)) or 0.005
-    grid = [t for t in ticks(min(ends) - margin, min(max(ends) + margin, 1.0), 3) if t <= 1.0 + 1e-9]
+    grid = [t for t in ticks(min(ends) - margin, min(max(ends) + margin, most), 3) if t <= most + 1e-9]
     low, high = grid[0], max(grid[-1], max(ends))
     row, height = 38, 38 * len(marks) + 4
     body = []
     for tick in grid:
         x = f"{_at(tick, low, high):.2f}%"
         body.append(f'<line x1="{x}" x2="{x}" y1="0" y2="{height}" class="gridline"/>')
-        body.append(_text(x, f"{height}", show_percent(tick), "tick middle", dy=18))
+        body.append(_text(x, f"{height}", show(tick), "tick middle", dy=18))
     if reference is not None:
         x = f"{_at(reference, low, high):.2f}%"
         body.append(f'<line x1="{x}" x2="{x}" y1="0" y2="{height}" class="reference"/>')

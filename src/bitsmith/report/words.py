@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from bitsmith.report.certificate import runtime_title
@@ -119,10 +120,60 @@ def listing(items: Iterable[str]) -> str:
     return ", ".join(known[:-1]) + " and " + known[-1] if len(known) > 1 else "".join(known)
 
 
+@dataclass(frozen=True)
+class Measure:
+    """The metric that a run is judged by, and how it is written. show, gap: (value, decimals) -> text."""
+
+    key: str
+    title: str
+    unit: str  # of a difference
+    lower_is_better: bool
+    show: Callable[[float | None, int], str]
+    gap: Callable[[float | None, int], str]
+
+
+def nats(loss: float | None, decimals: int = 3) -> str:
+    """A loss per token: "1.284 nats"."""
+    return DASH if loss is None else f"{loss:.3f}{SPACE}nats"
+
+
+def signed(difference: float | None, decimals: int = 3) -> str:
+    """A signed difference of losses, without the unit: -0.0031 -> "−0.003"."""
+    return points(None if difference is None else difference / 100, 3)
+
+
+ACCURACY = Measure("accuracy", "Accuracy", "point", False, percent, points)
+LOSS = Measure("loss", "Loss", "nat", True, nats, signed)
+
+
+def measure(run: Run) -> Measure:
+    """Accuracy of images, loss of text."""
+    return LOSS if run.metrics.get("task") == "language" else ACCURACY
+
+
+def result(run: Run, stage: str) -> str:
+    """What a stage came to, in the run's own measure: "97.8 %", "1.284 nats"."""
+    by = measure(run)
+    return by.show(run.figure(stage, by.key), decimals(run))
+
+
+def change(run: Run, stage: str, since: str = "float") -> str:
+    """The signed difference of two stages in the run's own measure, without the unit."""
+    by = measure(run)
+    now, before = run.figure(stage, by.key), run.figure(since, by.key)
+    return by.gap(None if now is None or before is None else now - before, decimals(run))
+
+
+def perplexity(value: float | None) -> str:
+    """Three or four digits: 3.61, 27.4, 1.2e+05."""
+    return DASH if value is None else f"{value:.3g}" if value < 1e5 else f"{value:.1e}"
+
+
 def headline(run: Run) -> tuple[str, str]:
     """What came out, as a short title and one sentence: ("97.8 % in 4.12 kB", "7.3× smaller, …")."""
-    digits = decimals(run)
-    title = percent(run.accuracy("quantized"), digits)
+    title = result(run, "quantized")
+    if measure(run) is LOSS:
+        title = f"Perplexity {perplexity(run.figure('quantized', 'perplexity'))}"
     if run.cost("weight_bytes") is not None:
         title += f" in {size(run.cost('weight_bytes'))}"
     parts = []
@@ -136,14 +187,13 @@ def headline(run: Run) -> tuple[str, str]:
 
 
 def against_float(run: Run) -> str:
-    """ "0.3 points below float", "as accurate as float"."""
-    difference = (run.accuracy("quantized") or 0.0) - (run.accuracy("float") or 0.0)
-    text = points(difference, decimals(run))
-    if float(text.strip("+" + MINUS)) == 0:
-        return "as accurate as float"
+    """ "0.3 points below float", "as accurate as float"; of losses "0.012 nats above float"."""
+    by, text = measure(run), change(run, "quantized")
     number = text.strip("+" + MINUS)
-    unit = "point" if float(number) == 1 else "points"
-    return f"{number} {unit} {'below' if difference < 0 else 'above'} float"
+    if text == DASH or float(number) == 0:
+        return "as good as float" if by is LOSS else "as accurate as float"
+    unit = by.unit if float(number) == 1 else f"{by.unit}s"
+    return f"{number} {unit} {'below' if text.startswith(MINUS) else 'above'} float"
 
 
 def verdict(run: Run) -> str:

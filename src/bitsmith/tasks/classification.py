@@ -11,7 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitsmith.errors import DataError
-from bitsmith.tasks.dataset import to_float
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 images as float32 in 0..1; float images unchanged."""
+    return images.float().div_(255) if images.dtype == torch.uint8 else images
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
-"""Where data come from: `load` of "digits", "npz:PATH", "folder:PATH" or "package.module:factory".
+"""Where data come from: `load` of a built-in name or of "package.module:factory".
 
-Loaders are functions that return a checked `Data` (dataset.py); a table names them. Nothing is downloaded.
-Images keep their range: uint8 is read as value / 255, floats are passed to the model as they are.
+Loaders are functions that return checked `Examples`; a table names them: "digits", "npz:PATH", "folder:PATH"
+(images, dataset.py), "pydoc" and "text:PATH" (text.py). Nothing is downloaded. Images keep their range: uint8
+is read as value / 255, floats are passed to the model as they are.
 """
 
 from __future__ import annotations
@@ -17,30 +18,37 @@ from torch import Tensor
 
 from bitsmith.errors import DataError, MissingExtra
 from bitsmith.tasks.augment import AUGMENTATIONS, Augmentation
-from bitsmith.tasks.dataset import SPLITS, Data, hold_out
+from bitsmith.tasks.dataset import Data, hold_out
+from bitsmith.tasks.examples import SPLITS, Examples
 from bitsmith.tasks.factory import FACTORY_PATTERN, accepts, call, load_factory, suggestion
 from bitsmith.tasks.folder import read_folder
+from bitsmith.tasks.text import pydoc, read_text
 
 FOLDS = 5
 
 
-def load(spec: str, seed: int = 0, **arguments: Any) -> Data:
+def load(spec: str, seed: int = 0, model: str = "", **arguments: Any) -> Examples:
     """The data that ``spec`` names; ``seed`` decides the splits. Raises DataError, MissingExtra.
 
     "digits" (fold, validation); "npz:PATH" (classes, validation, augment); "folder:PATH" (size, validation,
-    augment); "package.module:factory", called with ``arguments``, and with ``seed`` where it takes one.
+    augment); "pydoc" and "text:PATH" (context, tokenizer, validation, test), whose tokenizer is that of
+    ``model`` where it is an "hf:" one; "package.module:factory", called with ``arguments``, and with ``seed``
+    where it takes one.
     """
     kind, colon, path = spec.partition(":")
-    if kind in LOADERS and bool(colon) == (kind != "digits"):
+    if kind in LOADERS and bool(colon) == (kind not in WITHOUT_PATH):
+        loader = LOADERS[kind]
         inputs = {"path": path} if colon else {}
+        known = {"model": model} if accepts(loader, "model") else {}
         return _checked(
-            call(LOADERS[kind], {**inputs, "seed": seed, **arguments}, f"data {spec}", DataError), spec
+            call(loader, {**inputs, **known, "seed": seed, **arguments}, f"data {spec}", DataError), spec
         )
     if not FACTORY_PATTERN.fullmatch(spec):
+        names = (kind if kind in WITHOUT_PATH else f"{kind}:PATH" for kind in LOADERS)
         raise DataError(
             f"unknown data {spec!r}",
             where="data",
-            expected="digits, npz:PATH, folder:PATH or package.module:factory",
+            expected=f"{', '.join(names)} or package.module:factory",
             remedy=suggestion(kind, list(LOADERS)),
         )
     factory = load_factory(spec, "data", DataError)
@@ -48,13 +56,13 @@ def load(spec: str, seed: int = 0, **arguments: Any) -> Data:
     return _checked(call(factory, {**seeded, **arguments}, f"data {spec}", DataError), spec)
 
 
-def _checked(data: Any, spec: str) -> Data:
-    if not isinstance(data, Data):
+def _checked(data: Any, spec: str) -> Examples:
+    if not isinstance(data, Examples):
         raise DataError(
             "the factory returned something else",
             where=f"data {spec}",
             got=type(data).__name__,
-            expected="a bitsmith.tasks.Data",
+            expected="a bitsmith.tasks.Data or TextData",
         )
     return data
 
@@ -204,4 +212,11 @@ def augmentation(name: str, where: str) -> Augmentation | None:
     return AUGMENTATIONS[name]
 
 
-LOADERS: dict[str, Callable[..., Data]] = {"digits": digits, "npz": npz, "folder": folder}
+LOADERS: dict[str, Callable[..., Examples]] = {
+    "digits": digits,
+    "npz": npz,
+    "folder": folder,
+    "pydoc": pydoc,
+    "text": read_text,
+}
+WITHOUT_PATH = ("digits", "pydoc")

@@ -1,28 +1,34 @@
 """`Data`: labelled images in memory, in three splits, checked once when they are made.
 
-All of a small data set lives in tensors, so that shuffling, augmentation and resuming are index arithmetic
-with one generator; torch's DataLoader would add worker processes and hidden random states. Images are
-float32 in 0..1 or uint8 (read as value / 255); the normalisation by mean and std sits inside the model.
-Where the images come from is in data.py and folder.py.
+Images are float32 in 0..1 or uint8 (read as value / 255); the normalisation by mean and std sits inside the
+model. Where the images come from is in data.py and folder.py, what all data have in common in examples.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitsmith.errors import DataError
+from bitsmith.files import write_atomic
+from bitsmith.tasks import classification
 from bitsmith.tasks.augment import Augmentation
-from bitsmith.tasks.factory import suggestion
+from bitsmith.tasks.classification import to_float
+from bitsmith.tasks.examples import SPLITS, Examples
+from bitsmith.tasks.shifts import evaluate_shifts
 
-SPLITS = ("train", "val", "test")
+MISREAD = 24  # test images shown in the report
 
 
 @dataclass(frozen=True, eq=False)
-class Data:
+class Data(Examples):
     """Images (N, C, H, W), float32 or uint8, with labels (N,) int64 in 0..len(classes)-1.
 
     ``val_x`` may be empty (N = 0); the other splits may not. Raises DataError where anything is amiss.
@@ -37,6 +43,9 @@ class Data:
     classes: tuple[str, ...]
     name: str = "data"
     augment: Augmentation | None = None
+
+    unit: ClassVar[str] = "images"
+    figures: ClassVar[tuple[str, ...]] = ("accuracy",)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(str(c) for c in self.classes))
@@ -57,43 +66,48 @@ class Data:
         """(C, H, W) of one image."""
         return tuple(self.train_x.shape[1:])
 
-    def split(self, name: str) -> tuple[Tensor, Tensor]:
-        """(images, labels) of "train", "val" or "test", as they are stored."""
-        if name not in SPLITS:
-            raise DataError(f"no split {name!r}", where=self.name, remedy=suggestion(name, list(SPLITS)))
-        return getattr(self, f"{name}_x"), getattr(self, f"{name}_y")
+    def inputs(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) float32."""
+        return to_float(x)
 
-    def example(self, count: int = 1) -> Tensor:
-        """The first ``count`` training images as the model takes them: (count, C, H, W) float32."""
-        return to_float(self.train_x[:count])
+    def evaluate(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
+        """Accuracy and mean cross-entropy."""
+        return classification.evaluate(model, x, y, self.batch_rows)
 
-    def batches(
-        self, split: str, batch_size: int, generator: torch.Generator | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images as float32, labels), batch by batch; the last one may be smaller.
+    def score(self, outputs: Tensor, y: Tensor) -> dict[str, float]:
+        """The same, of logits (N, classes)."""
+        return classification.score(outputs, y)
 
-        Without a generator in stored order. With one: shuffled by it, and the training split augmented.
-        """
-        images, labels = self.split(split)
-        order = None if generator is None else torch.randperm(len(images), generator=generator)
-        for start in range(0, len(images), batch_size):
-            rows = slice(start, start + batch_size) if order is None else order[start : start + batch_size]
-            batch = to_float(images[rows])
-            if generator is not None and self.augment is not None and split == "train":
-                batch = self.augment(batch, generator)
-            yield batch, labels[rows]
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """The accuracy."""
+        return {"accuracy": self.evaluate(model, *self.validation())["accuracy"]}
 
-    def limited(self, count: int) -> Data:
-        """The same data with at most ``count`` images in each split (a trial run; a timing)."""
-        cut = {
-            f"{split}_{part}": getattr(self, f"{split}_{part}")[:count] for split in SPLITS for part in "xy"
+    def rank(self, standing: Mapping[str, float]) -> tuple[float, ...]:
+        """The more accurate; of those as accurate, as happens on a small split, the one of the lower loss."""
+        return standing["validation_accuracy"], -standing["validation_loss"]
+
+    def answers(self, model: nn.Module) -> tuple[dict[str, float], Tensor]:
+        """The metrics, and the class (N,) that each test image is taken for."""
+        logits = classification.predict(model, self.test_x, self.batch_rows)
+        return self.score(logits, self.test_y), logits.argmax(1)
+
+    def write_answers(self, out: Path, answers: Mapping[str, Tensor]) -> None:
+        """predictions.npz: labels, answers, and the first test images that the quantized model misreads."""
+        misread = (answers["quantized"] != self.test_y).nonzero().flatten()[:MISREAD]
+        arrays: dict[str, Any] = {
+            "labels": self.test_y.numpy(),
+            "images": self.test_x[misread].numpy(),
+            "image_rows": misread.numpy(),
+            "classes": np.array(self.classes),
+            **{name: rows.numpy() for name, rows in answers.items()},
         }
-        return replace(self, **cut)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        write_atomic(out / "predictions.npz", buffer.getvalue())
 
-
-def to_float(images: Tensor) -> Tensor:
-    """uint8 images as float32 in 0..1; float images unchanged."""
-    return images.float().div_(255) if images.dtype == torch.uint8 else images
+    def shifts(self, model: nn.Module) -> dict[str, float]:
+        """Noise, blur, contrast, rotation, translation (shifts.py)."""
+        return evaluate_shifts(model, self)
 
 
 def check_images(images: Tensor, where: str, may_be_empty: bool = False) -> None:

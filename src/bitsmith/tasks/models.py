@@ -18,6 +18,8 @@ from torch import nn
 
 from bitsmith.errors import RecipeError
 from bitsmith.tasks.factory import FACTORY_PATTERN, call, load_factory, suggestion
+from bitsmith.tasks.hub import load_causal_lm
+from bitsmith.tasks.llama import Llama
 from bitsmith.tasks.normalize import Normalize
 from bitsmith.tasks.resnet import ResNet, load_weights
 from bitsmith.tasks.vit import VisionTransformer
@@ -26,14 +28,20 @@ DIGITS_MEAN, DIGITS_STD = (0.3053,), (0.3761,)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # What files, not construction, decide: a model is rebuilt without them.
 NOT_STRUCTURE = ("weights",)
+HUB = "hf:"
 
 
 def build(name: str, *, seed: int | None = None, **arguments: Any) -> nn.Module:
     """The model of that name, in training mode. Raises RecipeError, and FormatError for its weights.
 
-    ``name``: a key of MODELS, or ``package.module:factory``, called with ``arguments``.
+    ``name``: a key of MODELS, ``hf:PATH_OR_ID`` of a causal language model that transformers knows, or
+    ``package.module:factory``, called with ``arguments``.
     """
     with _seeded(seed):
+        if name.startswith(HUB):
+            return call(
+                load_causal_lm, {"path": name.removeprefix(HUB), **arguments}, f"model {name}", RecipeError
+            )
         if name in MODELS:
             model = call(MODELS[name], arguments, f"model {name}", RecipeError)
             structure = {key: value for key, value in arguments.items() if key not in NOT_STRUCTURE}
@@ -43,7 +51,7 @@ def build(name: str, *, seed: int | None = None, **arguments: Any) -> nn.Module:
             raise RecipeError(
                 f"unknown model {name!r}",
                 where="model",
-                expected=f"{', '.join(MODELS)} or package.module:factory",
+                expected=f"{', '.join(MODELS)}, hf:PATH or package.module:factory",
                 remedy=suggestion(name, list(MODELS)),
             )
         model = call(load_factory(name, "model", RecipeError), arguments, f"model {name}", RecipeError)
@@ -102,13 +110,30 @@ def digits_vit(
     std: Sequence[float] = DIGITS_STD,
 ) -> nn.Module:
     """A pre-norm transformer, one token per 2x2 pixels (16), each seeing 4x4: 26,858 parameters."""
-    for what, whole, part in (("size", size, patch), ("width", width, heads)):
-        if whole % part:
-            divisor = {"size": "patch", "width": "heads"}[what]
-            raise RecipeError(
-                f"{what} {whole} is not a multiple of {divisor} {part}", where="model digits_vit"
-            )
+    _check_divides("digits_vit", "size", size, "patch", patch)
+    _check_divides("digits_vit", "width", width, "heads", heads)
     return VisionTransformer(Normalize(mean, std), classes, size, patch, width, depth, heads, hidden)
+
+
+def _check_divides(model: str, what: str, whole: int, divisor: str, part: int) -> None:
+    if whole % part:
+        raise RecipeError(f"{what} {whole} is not a multiple of {divisor} {part}", where=f"model {model}")
+
+
+def byte_llama(
+    width: int = 96,
+    depth: int = 3,
+    heads: int = 4,
+    context: int = 128,
+    tied: bool = False,
+    vocab_size: int = 256,
+) -> nn.Module:
+    """A Llama-like language model over bytes, 381,600 parameters; ``tied``: one matrix reads and predicts.
+
+    The MLPs are 8/3 of the width, as Llama's, to the nearest 32.
+    """
+    _check_divides("byte_llama", "width", width, "twice the heads,", 2 * heads)
+    return Llama(vocab_size, width, depth, heads, max(32, round(8 * width / 96) * 32), context, tied)
 
 
 def _resnet(
@@ -157,6 +182,7 @@ def resnet56(
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "digits_cnn": digits_cnn,
     "digits_vit": digits_vit,
+    "byte_llama": byte_llama,
     "resnet20": resnet20,
     "resnet32": resnet32,
     "resnet56": resnet56,

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitsmith.errors import DataError
-from bitsmith.tasks.classification import evaluate
-from bitsmith.tasks.dataset import Data, to_float
+from bitsmith.tasks.classification import evaluate, to_float
+
+if TYPE_CHECKING:  # which is measured by them
+    from bitsmith.tasks.dataset import Data
 
 SEVERITIES = (1, 2, 3, 4, 5)
 

@@ -3,7 +3,8 @@
 There is no data loader with a position to save: the permutation of an epoch and the noise of a batch are
 drawn from generators seeded by hashes, so that any step can be made again, which is what an exact resume
 needs. The last, smaller batch of an epoch is kept. All tensors live on the training device.
-Without augmentation a teacher sees the same inputs every epoch, so its logits are computed once.
+Without augmentation a teacher sees the same inputs every epoch, so its logits are computed once, unless they
+are too many to keep, as those of a language model are.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from bitsmith.errors import DataError
+
+KEPT = 2**26  # logits of a teacher: 256 MB
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 Teacher = Callable[[Tensor], Tensor]
@@ -62,7 +65,11 @@ class Batches:
         self.batch_size, self.accumulation, self.seed = batch_size, accumulation, seed
         self._teacher_logits: Tensor | None = None
         if teacher is not None and augment is None:
-            self._teacher_logits = torch.cat([teacher(as_float(part)) for part in x.split(batch_size)])
+            first, *others = x.split(batch_size)
+            logits = teacher(as_float(first))
+            if logits.numel() * len(x) <= KEPT * len(first):
+                rest = (teacher(as_float(part)) for part in others)
+                self._teacher_logits = torch.cat([logits, *rest])
         self.steps_per_epoch = -(-len(x) // batch_size)
         self._noise = torch.Generator(device=x.device)
         self._order: Tensor | None = None
@@ -103,5 +110,5 @@ class Batches:
 
 
 def as_float(x: Tensor) -> Tensor:
-    """Images stored as bytes become float32 in 0..1; everything else passes."""
+    """Images stored as bytes become float32 in 0..1; everything else passes, tokens (int64) as well."""
     return x.to(torch.float32).div_(255) if x.dtype == torch.uint8 else x

@@ -8,7 +8,7 @@ trainer frameworks a finished, an interrupted and a resumed run are the same run
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,8 @@ from bitsmith.train.events import Events
 from bitsmith.train.precision import choose_precision
 from bitsmith.train.run import Run, autocast
 from bitsmith.train.signals import StopFlag, catch_signals
+
+Validate = Callable[[], float | Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class TrainResult:
 
     history: list[
         dict[str, Any]
-    ]  # one an epoch: step, epoch, loss (mean), learning_rate, validation_accuracy
+    ]  # one an epoch: step, epoch, loss (mean), learning_rate, what `validate` gave
     traces: list[dict[str, Any]]  # the methods' scalars over the steps, at most 200 of these
     steps: int
     seconds: float  # before an interruption too
@@ -68,7 +70,7 @@ def train(
     teacher: nn.Module | None = None,
     loss: Loss | None = None,
     augment: Augment | None = None,
-    validate: Callable[[], float] | None = None,
+    validate: Validate | None = None,
     progress: Callable[[Progress], None] | None = None,
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 10.0,
@@ -79,10 +81,11 @@ def train(
     """Train ``model`` in place; it is left in eval mode, and with averaged weights where ema > 0.
 
     train_x (N, ...) float, or uint8 which becomes 0..1; train_y (N, ...). ``augment(x, generator)`` changes
-    a batch of float inputs; ``validate()`` gives an accuracy after each epoch; ``loss(logits, targets)``
-    replaces cross entropy. ``checkpoint`` is one file, written at the end of an epoch once
-    ``checkpoint_seconds`` have passed since the last time, at the end, and on SIGINT, SIGTERM or when
-    ``stop()`` is true after a step: those raise Interrupted. ``resume`` continues from it if it exists.
+    a batch of float inputs; ``validate()`` gives an accuracy after each epoch, or figures by name, which the
+    history holds as ``validation_NAME``; ``loss(logits, targets)`` replaces cross entropy. ``checkpoint`` is
+    one file, written at the end of an epoch once ``checkpoint_seconds`` have passed since the last time, at
+    the end, and on SIGINT, SIGTERM or when ``stop()`` is true after a step: those raise Interrupted.
+    ``resume`` continues from it if it exists.
     Raises RecipeError, FormatError, TrainingDiverged, Interrupted.
     """
     _check_methods(model, methods)
@@ -143,7 +146,7 @@ def _loop(
     run: Run,
     writer: Events,
     signals: StopFlag,
-    validate: Callable[[], float] | None,
+    validate: Validate | None,
     progress: Callable[[Progress], None] | None,
     save: Callable[[], bool],
     checkpoint_seconds: float,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -111,8 +111,8 @@ class Run:
             self.average.update()
         self.step += 1
 
-    def finish_epoch(self, validation_accuracy: float | None) -> dict[str, Any]:
-        """Add the epoch just trained to the history: its record."""
+    def finish_epoch(self, validation: float | Mapping[str, float] | None) -> dict[str, Any]:
+        """Add the epoch just trained to the history: its record. A plain number is an accuracy."""
         self._check_losses(self.batches.steps_per_epoch)
         check_parameters(self.model, self.step, self.steps)
         record: dict[str, Any] = {
@@ -121,8 +121,9 @@ class Run:
             "loss": self.losses.mean().item(),
             "learning_rate": self.learning_rate,
         }
-        if validation_accuracy is not None:
-            record["validation_accuracy"] = float(validation_accuracy)
+        if validation is not None:
+            figures = validation if isinstance(validation, Mapping) else {"accuracy": validation}
+            record |= {f"validation_{name}": float(value) for name, value in figures.items()}
         if scalars := self._method_scalars():
             record["methods"] = scalars
         self.history.append(record)
