@@ -1,9 +1,9 @@
-"""post_train: round the weights of a prepared model, layer by layer, so that its outputs stay the float model's.
+"""post_train: round the weights of a prepared model, layer by layer, so that outputs stay the float model's.
 
-Without training: each weight is moved to where it gives the float model's outputs from the inputs that really
-come (output_matching), then rounded with what its inputs are (rounding), in the order in which the layers run,
-so that each sees the errors of those before it. The model then holds weights on their grids: an answer, and a
-start for training.
+Without training: each weight is moved to where it gives the float model's outputs from the inputs that come
+in truth (output_matching), then rounded with what its inputs are (rounding), in the order in which the layers
+run, so that each sees the errors of those before it. The model then holds weights on their grids: an answer,
+and a start for training.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class LayerFacts:
     """What became of a layer.
 
     error_nearest, error: |X̂Q - target|² / |target|² on the calibration rows, of the weight rounded to nearest
-    as it was, and of the one that the model has now; the target is the float model's output, with the residual
-    stream's error, where a float stream ran, else X̂W. alpha, beta: None where they played no part. left: why
+    as it was, and of the one that the model has now; the target is the float model's output, with the error of
+    the residual stream, where a float stream ran, else X̂W. alpha, beta: None where they played no part. left: why
     the layer was left to its quantizer, empty where it was not.
     """
 
@@ -68,11 +68,11 @@ def post_train(
     float_model: what it was prepared from. batches: of inputs, a tensor or a tuple of arguments each; all are
     gone through once for every group of layers. rounding: a name in rounding.ROUNDINGS. alpha, beta: None
     finds them on every fourth batch. norm: count tokens as the norm behind the addition does. damping: μ, a
-    share of mean(diag H). order: columns of strong inputs first. refit: calibrate each range anew on the weight
-    that is to be rounded. progress: called with (facts, layers done, layers) after each layer.
+    share of mean(diag H). order: columns of strong inputs first. refit: calibrate each range anew on the
+    weight that is to be rounded. progress: called with (facts, layers done, layers) after each layer.
 
-    Layers that cannot be handled are left as they are, rounded to nearest by their quantizer, and come last in
-    the list with the reason. Raises SiteError (not prepared, not calibrated, nothing to round), SchemeError
+    Layers that cannot be handled are left as they are, rounded to nearest by their quantizer, and come last
+    in the list with the reason. Raises SiteError (not prepared, not calibrated, nothing to round), SchemeError
     (an option out of range; a weight whose grid moves with it), DataError (too few batches or rows).
     """
     check_choice("rounding", rounding, tuple(ROUNDINGS))

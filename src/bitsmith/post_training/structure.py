@@ -48,26 +48,31 @@ class Structure:
 
 class Additions(TorchDispatchMode):
     """Calls ``found(name, other summand, sum)`` where a tensor that was given to ``expect`` is added to
-    another of its shape."""
+    another of its shape. Of two such tensors the later one counts: the other layer is settled by then."""
 
     def __init__(self, found: Callable[[str, Tensor, Tensor], None]) -> None:
         super().__init__()
         self.found = found
-        self.expected: dict[int, tuple[str, Tensor]] = {}  # the tensor is kept, so that its id stays its own
+        self.expected: dict[
+            int, tuple[str, Any]
+        ] = {}  # by id, with a weak reference: an id may be used again
 
     def expect(self, name: str, tensor: Tensor) -> None:
         """Wait for ``tensor``, the output of the layer ``name``; what that gave before is forgotten."""
         self.expected = {key: value for key, value in self.expected.items() if value[0] != name}
-        self.expected[id(tensor)] = (name, tensor)
+        self.expected[id(tensor)] = (name, weakref.ref(tensor))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in ADDITIONS or kwargs or not isinstance(args[1], Tensor):
             return func(*args, **(kwargs or {}))
         name, other = None, args[0]
-        for mine, its in ((args[0], args[1]), (args[1], args[0])):
-            if id(mine) in self.expected and mine.shape == its.shape:
-                name, other = self.expected.pop(id(mine))[0], its
+        for key, (waiting, reference) in reversed(self.expected.items()):  # of two, the one that ran last
+            mine, its = args if key == id(args[0]) else args[::-1]
+            if key == id(mine) and reference() is mine and mine.shape == its.shape:
+                name, other = waiting, its
                 break
+        if name is not None:
+            self.expected = {k: v for k, v in self.expected.items() if k not in map(id, args)}
         if name is not None and func is torch.ops.aten.add_.Tensor:
             other = other.clone()  # it may be the one that the sum is written into
         total = func(*args)
@@ -115,7 +120,7 @@ def structure_of(model: nn.Module, float_model: nn.Module, example: Any) -> Stru
             if name not in shape.calls:
                 groups.setdefault((number, *_signature(layers[name].input_quantizer)), []).append(name)
             shape.calls[name] = shape.calls.get(name, 0) + 1
-            shape.rows[name] = shape.rows.get(name, 0) + row_count(module, output)
+            shape.rows[name] = shape.rows.get(name, 0) + _row_count(module, output)
             outputs[id(output)] = (name, weakref.ref(output))
             between.pop(name, None)
             additions.expect(name, output)
@@ -142,7 +147,7 @@ def structure_of(model: nn.Module, float_model: nn.Module, example: Any) -> Stru
     return shape
 
 
-def row_count(layer: nn.Module, output: Tensor) -> int:
+def _row_count(layer: nn.Module, output: Tensor) -> int:
     """Rows of input of one call: output positions."""
     channels = output.shape[-1] if isinstance(layer, nn.Linear) else output.shape[1]
     return output.numel() // max(channels, 1)
