@@ -138,7 +138,7 @@ def test_alpha_and_beta_are_the_best_on_held_out_rows(seed: int) -> None:
 
 
 def test_where_a_direction_changes_nothing_its_share_stays_one_half() -> None:
-    weight, x, x_hat, r, r_hat = problem(9)
+    weight, x, x_hat, r, _ = problem(9)
     nothing = of(weight, x, x, r, r)
     assert choose(weight, correction(weight, nothing, 0.01), nothing) == (0.5, 0.5)
     no_residual = moments(x_hat, x - x_hat)

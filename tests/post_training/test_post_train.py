@@ -1,4 +1,4 @@
-"""A model rounded without training: on its grid, nearer to the float model, and nothing left out in silence."""
+"""A model rounded without training: on its grid, nearer to the float model, nothing left out in silence."""
 
 import copy
 from typing import Any
@@ -202,7 +202,7 @@ def test_options_out_of_range_are_refused(
 
 def test_too_few_batches_are_refused_where_some_are_held_out() -> None:
     model, batches = models.residual(), models.tokens(3)
-    with pytest.raises(DataError, match="got 3, expected 4 or more.*pass alpha and beta"):
+    with pytest.raises(DataError, match=r"got 3, expected 4 or more.*pass alpha and beta"):
         post_train(models.prepared(model), model, batches)
     post_train(models.prepared(model), model, batches, alpha=1.0, beta=0.5)
     with pytest.raises(DataError, match="no batch"):
@@ -218,7 +218,7 @@ def test_a_grid_that_moves_with_the_weight_is_refused(moving: Any) -> None:
 
 def test_a_model_that_is_not_prepared_or_not_calibrated_is_refused() -> None:
     model, batches = models.residual(), models.tokens()
-    with pytest.raises(SiteError, match="no weight to round.*bs.prepare"):
+    with pytest.raises(SiteError, match=r"no weight to round.*bs.prepare"):
         post_train(copy.deepcopy(model), model, batches)
     quantized = copy.deepcopy(model)
     bs.prepare(quantized, bs.Scheme(bits=3, granularity="channel"), bs.Scheme(bits=4))

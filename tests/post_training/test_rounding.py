@@ -206,5 +206,5 @@ def test_an_input_that_is_always_zero_is_rounded_to_nearest_and_disturbs_nobody(
 @pytest.mark.parametrize("name", COLUMN_BY_COLUMN)
 def test_a_singular_hessian_without_damping_is_refused(name: str) -> None:
     weight, x, _ = problem(0, rows=2)
-    with pytest.raises(DataError, match="singular matrix of 4 inputs\. .*damping above 0"):
+    with pytest.raises(DataError, match=r"singular matrix of 4 inputs\. .*damping above 0"):
         COLUMN_BY_COLUMN[name](weight, two_bits(), (x.T @ x).double(), torch.zeros(4, 4), damping=0)

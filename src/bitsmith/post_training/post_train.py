@@ -32,9 +32,9 @@ class LayerFacts:
     """What became of a layer.
 
     error_nearest, error: |X̂Q - target|² / |target|² on the calibration rows, of the weight rounded to nearest
-    as it was, and of the one that the model has now; the target is the float model's output, with the error of
-    the residual stream, where a float stream ran, else X̂W. alpha, beta: None where they played no part. left: why
-    the layer was left to its quantizer, empty where it was not.
+    as it was, and of the one that the model has now. The target is the float model's output with the error
+    of the residual stream where a float stream ran, else X̂W. alpha, beta: None where they played no part.
+    left: why the layer was left to its quantizer, empty where it was not.
     """
 
     name: str
@@ -72,8 +72,9 @@ def post_train(
     weight that is to be rounded. progress: called with (facts, layers done, layers) after each layer.
 
     Layers that cannot be handled are left as they are, rounded to nearest by their quantizer, and come last
-    in the list with the reason. Raises SiteError (not prepared, not calibrated, nothing to round), SchemeError
-    (an option out of range; a weight whose grid moves with it), DataError (too few batches or rows).
+    in the list with the reason. Raises SiteError (not prepared, not calibrated, nothing to round),
+    SchemeError (an option out of range; a weight whose grid moves with it), DataError (too few batches or
+    rows).
     """
     check_choice("rounding", rounding, tuple(ROUNDINGS))
     for option, value in (("alpha", alpha), ("beta", beta)):
