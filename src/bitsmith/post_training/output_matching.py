@@ -77,21 +77,6 @@ def correction(weight: Tensor, of: Moments, damping: float) -> tuple[Tensor, Ten
     return a, b
 
 
-def excess(values: Tensor, weight: Tensor, of: Moments) -> Tensor:
-    """|X̂Q - XW + R̂ - R|² of values Q (out, in) less what it is for Q = W: (), from the sums alone.
-
-    tr E H Eᵀ - 2 tr E (C W + G) for E = Q - W; negative where the values are better than W itself.
-    """
-    w = weight.double()
-    e = values.double() - w
-    loss = (e @ of.hessian * e).sum()
-    if of.cross is not None:
-        loss = loss - 2 * (e * (w @ of.cross.T)).sum()
-    if of.residual is not None:
-        loss = loss - 2 * (e * of.residual.T).sum()
-    return loss
-
-
 def relative_error(values: Tensor, weight: Tensor, of: Moments) -> float:
     """|X̂Q - (XW + R - R̂)|² of values Q (out, in) as a share of the energy of what is to be matched."""
     q, w = values.double(), weight.double()

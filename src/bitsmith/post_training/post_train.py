@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from bitsmith.errors import DataError, SchemeError, SiteError, check_choice, check_value
-from bitsmith.post_training.output_matching import Moments, choose, correction, relative_error
+from bitsmith.post_training.output_matching import (
+    Moments,
+    choose,
+    correction,
+    matched,
+    relative_error,
+)
 from bitsmith.post_training.rounding import ROUNDINGS, Grid
 from bitsmith.post_training.streams import HELD_OUT, sums
 from bitsmith.post_training.structure import Structure, structure_of
@@ -137,8 +143,7 @@ def _matched(
         beta = chosen[1] if beta is None else beta
     assert alpha is not None
     assert beta is not None
-    a, b = correction(weight, whole, damping)
-    target = (weight.double() + alpha * a + beta * b).to(weight.dtype)
+    target = matched(weight, whole, alpha, beta, damping)
     return target, (alpha, beta if whole.residual is not None else None)
 
 
