@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bitsmith.errors import DataError
-from bitsmith.tasks.dataset import SPLITS
+from bitsmith.tasks.examples import SPLITS
 from bitsmith.tasks.likelihood import Tokenizer, split
 from bitsmith.tasks.questions import END_OF_LINE, OpenQuestion
 
