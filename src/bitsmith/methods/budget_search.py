@@ -70,7 +70,7 @@ class BudgetSearch(Method):
         sites: Sequence[str] | None = None,
         channel_groups: int = 1,
         mode: str = "sampled",
-        search_share: float = 0.2,
+        search_share: float = 0.1,
         temperature: tuple[float, float] = (1.0, 0.3),
         multiplier_rate: float = 0.2,
         damping: float = 2.0,
@@ -121,7 +121,7 @@ class BudgetSearch(Method):
         self.multipliers = Multipliers(self.cost.kinds, self.multiplier_rate, self.damping)
 
     @torch.no_grad()
-    def start_at(self, values: Mapping[str, Tensor], confidence: float = 0.75) -> None:
+    def start_at(self, values: Mapping[str, Tensor], confidence: float = 0.9) -> None:
         """Start from ``values`` of all candidates (site -> (K,), or of each channel (K, C); larger is better,
         e.g. minus a sensitivity): the best plan of the budget has the probability ``confidence`` at every
         site, the others share the rest in the order of their values."""
