@@ -70,8 +70,8 @@ def test_one_graph_serves_every_step_and_every_width(model: str, method: str) ->
                 penalty.backward()
         optimizer.step()
         for each in methods:
-            each.after_step(step, 24)  # the decision, and its recompile, are not among these four
-        played.add(tuple(row for q in sites(net).values() for row in q.bits.rows.tolist()))
+            each.after_step(step, 10)  # the decision, and its recompile, are not among these four
+        played.add(tuple(row for q in sites(net).values() for row in q.bits.rows.flatten().tolist()))
     assert counter.frame_count == 1
     assert len(played) > 1 or method == "sharpness", "the widths never changed, so this shows nothing"
 
