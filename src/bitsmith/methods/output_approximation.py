@@ -50,7 +50,7 @@ from bitsmith.quantization.site_terms import (
     watch,
 )
 
-MEASURED = 3  # steps before an allocation on whose batches errors are measured
+MEASURED = 2  # steps before an allocation on whose batches errors are measured
 EVERY = 4  # samples: of one in so many a layer with its weight alone quantized is computed in float as well
 CHOICES = {
     "against": ("self", "teacher"),
@@ -200,9 +200,10 @@ class OutputApproximation(Method):
     def _term(self, output: Output) -> Callable[..., Any]:
         """The hook behind one output."""
 
-        def pull(y: Tensor, a: Tensor, reference: Tensor, level: Tensor) -> Tensor:
-            level_or_none = level if self.normalise else None
-            return approximate(y, a, reference, level_or_none, self.coefficient, self.loss)
+        def pull(y: Tensor, a: Tensor, reference: Tensor, level: str) -> Tensor:
+            return approximate(
+                y, a, reference, self.coefficient, self.loss, level if self.normalise else None
+            )
 
         def term(module: nn.Module, arguments: tuple[Tensor, ...], y: Any) -> Any:
             if not (module.training and torch.is_grad_enabled()):
@@ -210,16 +211,16 @@ class OutputApproximation(Method):
             if self.against == "teacher":
                 reference = self.seen[output.name]
                 if isinstance(y, tuple):
-                    return (pull(y[0], y[0], reference, reference), *y[1:])
-                return pull(y, y, reference, reference)
+                    return (pull(y[0], y[0], reference, "reference"), *y[1:])
+                return pull(y, y, reference, "reference")
             if output.operand is not None:
                 a, q = arguments[0], y
             else:  # costs a product of its own, so only some samples, whose mean is as good
                 a, q = float_output(module, arguments[0][::EVERY]), y[::EVERY]
             if not a.requires_grad:  # the model's own input
                 return None
-            y = pull(y, a, q, a)
-            return y if self.trains == "activations" else pull(y, q, a, a)
+            pulled = pull(y, a, q, "a")
+            return pulled if self.trains == "activations" else pull(pulled, q, a, "reference")
 
         return term
 

@@ -29,7 +29,6 @@ from bitsmith.quantization.sensitivity import after_training, output_errors
 
 ALLOCATIONS = ("exact", "greedy", "evolutionary")
 ROWS = 16  # samples of a batch that errors are measured on
-FILL = 0.98  # of what the dearest plan uses: bits that the budget pays for are not left unused
 
 
 class OnlineAllocation(nn.Module):
@@ -122,7 +121,7 @@ class OnlineAllocation(nn.Module):
             return greedy(self.cost, value, shared=self.shared).bits
         if allocation == "evolutionary":
             return evolutionary(self.cost, value, shared=self.shared, generator=self.generator).bits
-        return allocate(self.cost, value, shared=self.shared, fill=FILL).bits
+        return allocate(self.cost, value, shared=self.shared).bits
 
     def _follow(self) -> None:
         """Give every row the learned factor of the one in play."""

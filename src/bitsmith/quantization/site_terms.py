@@ -27,31 +27,41 @@ from bitsmith.quantization.layers import SWAPS_BY_QUANT
 
 
 def approximate(
-    y: Tensor, a: Tensor, reference: Tensor, level: Tensor | None, strength: Tensor, loss: str
+    y: Tensor, a: Tensor, reference: Tensor, strength: Tensor, loss: str, level: str | None = "a"
 ) -> Tensor:
-    """``y`` itself; in backward ``a`` gets strength * d output_error(a, reference, level) / d a.
+    """``y`` itself; in backward ``a`` gets strength * d output_error(a, reference) / d a.
 
-    strength is 0-D and carries the share of the step's rows that this micro-batch is; see
-    numerics.output_error for the rest. ``a`` may be y, or a tensor that y was computed from.
+    a, reference: y, or others. level: which of the two is the level, "a" or "reference", or None; see
+    numerics.output_error. strength is 0-D and carries the share of the step's rows that this micro-batch is.
     """
-    result: Tensor = _Approximated.apply(y, a, reference, level, strength, loss)
+    # Dynamo traces no function that is given one tensor twice.
+    own, other = (None if t is y else t for t in (a, reference))
+    result: Tensor = _Approximated.apply(y, own, other, strength, loss, level)
     return result
 
 
 class _Approximated(Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, y: Tensor, a: Tensor, reference: Tensor, level: Tensor | None, strength: Tensor, loss: str
+        ctx,
+        y: Tensor,
+        a: Tensor | None,
+        reference: Tensor | None,
+        strength: Tensor,
+        loss: str,
+        level: str | None,
     ) -> Tensor:
-        ctx.save_for_backward(a, reference, level, strength)
-        ctx.loss = loss
+        ctx.save_for_backward(y, a, reference, strength)
+        ctx.loss, ctx.level = loss, level
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
-        a, reference, level, strength = ctx.saved_tensors
-        slope = output_error_gradient(a, reference, level, ctx.loss, strength)
-        return g, slope.to(a.dtype), None, None, None, None
+        y, own, other, strength = ctx.saved_tensors
+        a, reference = y if own is None else own, y if other is None else other
+        level = {"a": a, "reference": reference, None: None}[ctx.level]
+        slope = output_error_gradient(a, reference, level, ctx.loss, strength).to(a.dtype)
+        return (g + slope, None, *[None] * 4) if own is None else (g, slope, *[None] * 4)
 
 
 def float_output(layer: Any, x: Tensor) -> Tensor:
