@@ -140,6 +140,7 @@ def test_an_output_that_comes_twice_is_refused() -> None:
     net.append(net[0])
     prepare(net, Scheme(bits=4), Scheme(bits=4))
     teacher = float_copy(net)
-    watch(teacher, layer_outputs(net).values(), {})
+    outputs = list(layer_outputs(net).values())
+    watch(teacher, outputs, [None] * len(outputs))
     with pytest.raises(SiteError, match="several times"):
         teacher(torch.rand(2, 4))

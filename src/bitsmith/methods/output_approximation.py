@@ -119,8 +119,8 @@ class OutputApproximation(Method):
         """Add the terms, and with a budget take the widths over. ``teacher``: a float model with the modules
         of this one; by default a copy of the model that was prepared."""
         outputs = self._outputs(model)
-        self.seen: dict[str, Tensor] = {}  # the teacher's outputs in the forward that runs
-        self.inputs: list[Any] = []  # of the forward that ran last
+        self.seen: list[Tensor | None] = [None] * len(outputs)  # of the teacher, in the forward that runs
+        self.inputs: list[Any] = [(), {}]  # of the forward that ran last
         if self.against == "teacher":
             self.teacher = float_copy(model if teacher is None else teacher)
             watch(self.teacher, outputs, self.seen)
@@ -135,7 +135,7 @@ class OutputApproximation(Method):
                 seed=self.seed,
                 where="output_approximation",
             )
-        self.hooks = [output.at.register_forward_hook(self._term(output)) for output in outputs]
+        self.hooks = [item[1].at.register_forward_hook(self._term(*item)) for item in enumerate(outputs)]
         self.hooks.append(model.register_forward_pre_hook(self._start(), with_kwargs=True))
 
     def micro_batch(self, share: float) -> None:
@@ -197,7 +197,7 @@ class OutputApproximation(Method):
 
     # Hooks are functions, not methods: a copy of the model would copy a method's object with it.
 
-    def _term(self, output: Output) -> Callable[..., Any]:
+    def _term(self, index: int, output: Output) -> Callable[..., Any]:
         """The hook behind one output."""
 
         def pull(y: Tensor, a: Tensor, reference: Tensor, level: str) -> Tensor:
@@ -209,7 +209,8 @@ class OutputApproximation(Method):
             if not (module.training and torch.is_grad_enabled()):
                 return None
             if self.against == "teacher":
-                reference = self.seen[output.name]
+                reference = self.seen[index]
+                assert reference is not None
                 if isinstance(y, tuple):
                     return (pull(y[0], y[0], reference, "reference"), *y[1:])
                 return pull(y, y, reference, "reference")
@@ -233,7 +234,7 @@ class OutputApproximation(Method):
             if self.allocation is not None:
                 self.inputs[:] = [arguments, keywords]
             if self.against == "teacher":
-                self.seen.clear()
+                self.seen[:] = [None] * len(self.seen)
                 with torch.no_grad():
                     self.teacher(*arguments, **keywords)
 

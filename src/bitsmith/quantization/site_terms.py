@@ -4,8 +4,8 @@
 
 The term's value is never computed in training: `approximate` returns its first argument as it is, and in
 backward adds d error / d a to what arrives. So it is the plain sum under eager and compiled forwards,
-activation checkpointing and sharding alike, where a value collected in forward and added to the loss would
-be recomputed, lost or summed twice.
+activation checkpointing alike, where a value collected in forward and added to the loss would be recomputed,
+lost or summed twice.
 
 Besides what methods with such terms need: the float model beside the quantized one, a layer's output in
 float, and where outputs are.
@@ -14,7 +14,7 @@ float, and where outputs are.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
@@ -145,21 +145,24 @@ def block_outputs(model: nn.Module, every: bool = False) -> dict[str, Output]:
     return found
 
 
-def watch(model: nn.Module, outputs: Iterable[Output], seen: dict[str, Tensor]) -> None:
-    """Have every forward of ``model`` leave these outputs in ``seen``, which is to be cleared before."""
+def watch(model: nn.Module, outputs: Sequence[Output], seen: list[Tensor | None]) -> None:
+    """Have every forward of ``model`` leave these outputs in ``seen``, in their order; all None before.
 
-    def hook(output: Output) -> Callable[..., None]:
+    A list, as a compiled forward would be compiled anew for a dict whose keys come and go.
+    """
+
+    def hook(at: int, output: Output) -> Callable[..., None]:
         def look(module: nn.Module, arguments: tuple[Tensor, ...], returned: Any) -> None:
-            if output.name in seen:
+            if seen[at] is not None:
                 raise SiteError(
                     "this runs several times in a forward, so no single tensor is its output",
                     where=output.name,
                     remedy="Leave it out with `sites`",
                 )
             found = returned if output.operand is None else arguments[output.operand]
-            seen[output.name] = found[0] if isinstance(found, tuple) else found
+            seen[at] = found[0] if isinstance(found, tuple) else found
 
         return look
 
-    for output in outputs:
-        model.get_submodule(output.module).register_forward_hook(hook(output))
+    for at, output in enumerate(outputs):
+        model.get_submodule(output.module).register_forward_hook(hook(at, output))
