@@ -168,6 +168,7 @@ METHODS: dict[str, Callable[[Tensor], list[Method]]] = {
             candidates=(2, 3, 4),
             allocation="evolutionary",
             share_widths=False,
+            warm_up=0.5,
             every=0.3,
             settle=0.9,
         )
