@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bitsmith.methods import Method
 from bitsmith.methods.budget_search import BudgetSearch
 from bitsmith.methods.fractional_bits import FractionalBits
+from bitsmith.methods.output_approximation import OutputApproximation
 from bitsmith.methods.progressive_bits import ProgressiveBits
 from bitsmith.quantization import BitWidth, Plan, measure, plan_of, set_bits, sites
 from bitsmith.quantization.layers import weights_of
@@ -136,6 +137,8 @@ class Sharpness(Method):
             w.copy_(value)
 
 
+DECIDE_NOTHING = ("sharpness", "output approximation")  # widths are the model's own
+
 METHODS: dict[str, Callable[[Tensor], list[Method]]] = {
     "budget_search": lambda example: [
         BudgetSearch({"bops": 0.012}, example, candidates=(2, 4, 8), search_share=0.7)
@@ -156,6 +159,19 @@ METHODS: dict[str, Callable[[Tensor], list[Method]]] = {
     ],
     "progressive bits": lambda example: [
         ProgressiveBits(tensors="both", schedule=[(6, 0.2), (5.5, 0.2), (4.5, 0.2)], scale_steps=1)
+    ],
+    "output approximation": lambda example: [OutputApproximation(against="teacher", warm_up=0.3)],
+    "output approximation in a budget": lambda example: [
+        OutputApproximation(
+            example,
+            budget={"average_weight_bits": 3, "average_activation_bits": 3.2},
+            candidates=(2, 3, 4),
+            allocation="evolutionary",
+            share_widths=False,
+            warm_up=0.5,
+            every=0.3,
+            settle=0.9,
+        )
     ],
     "budget_search with float": lambda example: [
         BudgetSearch({"bops": 0.012}, example, candidates=(2, 4, 32), search_share=0.7)

@@ -15,7 +15,7 @@ from bitsmith.quantization.bits import Width, mean_width
 from bitsmith.quantization.finalize import finalize
 from bitsmith.tasks.models import build
 from bitsmith.train import TrainConfig, train
-from tests.contracts.methods import METHODS, Fractional, Search
+from tests.contracts.methods import DECIDE_NOTHING, METHODS, Fractional, Search
 from tests.train.problem import same_state
 
 MODELS = {
@@ -119,7 +119,7 @@ def test_its_plan_is_committed_and_packed(model: str, method: str) -> None:
     report = commit(net, plan)
     assert report.post_training == ()
     assert plan_of(net).sites == plan.sites
-    if method not in ("sharpness", "progressive bits"):  # these end at the widths that they found
+    if method not in (*DECIDE_NOTHING, "progressive bits"):  # these end at the widths that they found
         assert sum(map(mean_width, plan.bits.values())) < 4 * len(plan.bits), "it was pressed to fewer bits"
     fixed = fixed_at(net, model, plan.bits)
     assert torch.equal(evaluated(net), evaluated(fixed))
@@ -163,7 +163,7 @@ def fixed_at(net: nn.Module, model: str, bits: dict[str, Width]) -> nn.Module:
 
 def test_bits_have_one_owner(model: str, method: str) -> None:
     net, _ = start(model, method)
-    if method == "sharpness":
+    if method in DECIDE_NOTHING:
         Fractional().attach(net)
         return
     for other in (Fractional(), Search(X[:4])):

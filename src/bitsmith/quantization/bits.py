@@ -123,3 +123,7 @@ class FixedBits(BitWidth):
     def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
         super()._load_from_state_dict(*arguments, **keywords)
         self.in_float = self.whole() == FLOAT
+
+
+class Allocated(FixedBits):
+    """An integer width that an allocation moves among the candidates while training; bits of a method's."""

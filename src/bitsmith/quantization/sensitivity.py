@@ -59,6 +59,26 @@ def sensitivity(
     return {name: total / max(samples, 1) for name, total in scores.items()}
 
 
+@torch.no_grad()
+def output_errors(model: nn.Module, *inputs: Any, **keywords: Any) -> dict[str, Tensor]:
+    """Site -> relative squared error of its layer's output at each of its rows, (K,), on one batch.
+
+    |y(b) - y|^2 / |y|^2 with y the layer's float output for the inputs that it has in the quantized model,
+    and y(b) that with one operand at b bits: what a site's width costs at this moment of a training. A tied
+    weight has the sum over the layers that use it.
+    """
+    layers = {name: m for name, m in model.named_modules() if type(m) in SWAPS_BY_QUANT}
+    scores: dict[str, Tensor] = {}
+    with in_eval_mode(model):
+        seen, _ = _observe(model, layers, *inputs, quantized=True, **keywords)
+        for name, calls in seen.items():
+            for operands, _ in calls:
+                with without_quantizers([layers[name]]):
+                    y = layers[name](*operands)
+                _add_scores(scores, layers[name], operands, y, y.square().sum().clamp(min=1e-12).rsqrt())
+    return scores
+
+
 # Of how plans turn out that are trained (docs/findings.md), not of any theory.
 EVENED = 0.5  # power of a site's level among the sites'
 ADAPTED = 0.3  # share of a weight's score
@@ -82,9 +102,9 @@ def after_training(scores: Mapping[str, Tensor], weights: Collection[str]) -> di
 
 
 def _observe(
-    model: nn.Module, layers: dict[str, Any], x: Tensor
+    model: nn.Module, layers: dict[str, Any], *arguments: Any, quantized: bool = False, **keywords: Any
 ) -> tuple[dict[str, list[tuple[tuple[Tensor, ...], Tensor]]], Tensor]:
-    """One forward in float: (inputs, output) of every call of every layer."""
+    """One forward, in float unless ``quantized``: (inputs, output) of every call of every layer."""
     seen: dict[str, list[tuple[tuple[Tensor, ...], Tensor]]] = {name: [] for name in layers}
     handles = [
         layer.register_forward_hook(
@@ -93,8 +113,8 @@ def _observe(
         for name, layer in layers.items()
     ]
     try:
-        with without_quantizers(layers.values()):
-            outputs = model(x)
+        with without_quantizers(() if quantized else layers.values()):
+            outputs = model(*arguments, **keywords)
     finally:
         for handle in handles:
             handle.remove()

@@ -20,6 +20,7 @@ from bitsmith.methods.method import Method
 METHODS: dict[str, str] = {  # recipe key -> "file.Class" in bitsmith.methods
     "budget_search": "budget_search.BudgetSearch",
     "fractional_bits": "fractional_bits.FractionalBits",
+    "output_approximation": "output_approximation.OutputApproximation",
     "progressive_bits": "progressive_bits.ProgressiveBits",
 }
 

@@ -147,6 +147,9 @@ class Run:
         """Gradients of the mean loss over all micro-batches, and that loss (0-D, detached)."""
         total: Tensor | None = None
         for part in batch:
+            if len(batch) > 1:
+                for method in self.methods:
+                    method.micro_batch(part.share)
             loss = self._loss(part) if part.share == 1 else self._loss(part) * part.share
             loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
