@@ -10,13 +10,14 @@ are too many to keep, as those of a language model are.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bitsmith.errors import DataError
+from bitsmith.train.distillation import counted
 
 KEPT = 2**26  # logits of a teacher: 256 MB
 
@@ -26,12 +27,13 @@ Teacher = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A part of a step's batch; ``share`` is its part of the rows, the weight of its loss."""
+    """A part of a step's batch; ``share`` is its part of the targets that count, the weight of its loss: 0-D
+    where that is read off a sequence's targets."""
 
     x: Tensor
     y: Tensor
     teacher_logits: Tensor | None
-    share: float
+    share: float | Tensor
 
 
 def seed_for(seed: int, *parts: int | str) -> int:
@@ -95,10 +97,9 @@ class Batches:
             self._noise.manual_seed(seed_for(self.seed, "augment", epoch, index))
             x = self.augment(x, self._noise)
         soft = [self._soft(*pair) for pair in zip(self._split(x), self._split(rows), strict=True)]
-        return [
-            MicroBatch(part, target, logits, len(part) / len(x))
-            for part, target, logits in zip(self._split(x), self._split(self.y[rows]), soft, strict=True)
-        ]
+        targets = self._split(self.y[rows])
+        parts = zip(self._split(x), targets, soft, shares(targets), strict=True)
+        return [MicroBatch(*part) for part in parts]
 
     def _split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         return tensor.chunk(self.accumulation) if self.accumulation > 1 else (tensor,)
@@ -107,6 +108,16 @@ class Batches:
         if self._teacher_logits is not None:
             return self._teacher_logits[rows]
         return self.teacher(x) if self.teacher is not None else None
+
+
+def shares(targets: Sequence[Tensor]) -> list[float | Tensor]:
+    """The part of all targets that count which each micro-batch has: its part of the rows, where all do."""
+    masks = [mask for part in targets if (mask := counted(part)) is not None]
+    if len(targets) == 1 or not masks:
+        rows = sum(len(part) for part in targets)
+        return [len(part) / rows for part in targets]
+    sums = torch.stack([mask.sum() for mask in masks])
+    return list(sums / sums.sum())
 
 
 def as_float(x: Tensor) -> Tensor:
