@@ -45,7 +45,7 @@ def command(
     model: OwnModel = None,
     json: Json = False,
 ) -> None:
-    """Measure the packed model of a run on its test split, or on yours; under shifts of the input; on questions."""
+    """Measure the packed model of a run on its test split, or on yours; under shifts; on questions."""
     from bitsmith.errors import RecipeError
     from bitsmith.recipe.reopen import ask_run, evaluate_run
 

@@ -131,9 +131,10 @@ def ask_run(
     data: str | None = None,
     factory: str | None = None,
 ) -> dict[str, Any]:
-    """The scores of a run's packed model on a file of questions, the first ``limit`` of them, and of its float
-    model: that of its float stage, or of the folder that an ``hf:`` recipe began with; None where there is
-    none. The tokenizer is that of the run's data, or of ``data``. Raises RecipeError, FormatError, DataError.
+    """The scores of a run's packed model on a file of questions, the first ``limit`` of them, and of its
+    float model: that of its float stage, or of the folder that an ``hf:`` recipe began with; None where there
+    is none. The tokenizer is that of the run's data, or of ``data``. Raises RecipeError, FormatError,
+    DataError.
     """
     recipe = _recipe(path)
     asked = read_questions(questions, limit)

@@ -86,8 +86,8 @@ def load_causal_lm(path: str) -> CausalLM:
 
 
 def swaps_of(model: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
-    """The ``swaps`` that `prepare` needs for this model: the linear layers of GPT-2, transformers' Conv1D, are
-    no nn.Linear. Empty for a model without such layers; transformers is not imported for it."""
+    """The ``swaps`` that `prepare` needs for this model: GPT-2's linear layers, transformers' Conv1D, are no
+    nn.Linear. Empty for a model without such layers; transformers is not imported for it."""
     return {kind: QuantTransposedLinear for kind in map(type, model.modules()) if _is_conv1d(kind)}
 
 
