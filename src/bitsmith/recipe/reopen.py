@@ -28,8 +28,8 @@ from bitsmith.tasks import Data, Examples, TextData, build
 from bitsmith.tasks import load as load_data
 from bitsmith.tasks.data import LOADERS
 from bitsmith.tasks.models import HUB, MODELS, NOT_STRUCTURE
-from bitsmith.tasks.questions import read_questions
-from bitsmith.tasks.scoring import score
+from bitsmith.tasks.questions import Question, read_questions
+from bitsmith.tasks.scoring import MOST_TOKENS, score
 from bitsmith.tasks.shifts import SHIFTS, evaluate_shifts
 
 
@@ -150,21 +150,21 @@ def ask_run(
     found: dict[str, Any] = {"run": str(path), "file": str(questions), "questions": len(asked)}
     models = {"float": _kept_float(path, recipe, factory), "quantized": _packed(path, recipe, factory)}
     for name, model in models.items():
-        if model is not None:
-            context = getattr(model, "context", None) or examples.context
-            rows = _rows_at_once(model, examples, context)
-            scores = score(model, examples.tokenizer, asked, context=context, batch_size=rows).metrics()
-            del scores["questions"]
-        found[name] = None if model is None else scores
+        found[name] = None if model is None else _scores(model, examples, asked)
     return found
 
 
-def _rows_at_once(model: nn.Module, data: TextData, context: int) -> int:
-    """As many as their logits allow; one where a range is taken over all rows of a batch."""
+def _scores(model: nn.Module, data: TextData, asked: Sequence[Question]) -> dict[str, float]:
+    """Without their number, as many rows at once as their logits allow; one where a range is taken over all
+    rows of a batch."""
+    context = getattr(model, "context", None) or data.context
+    longest = max(len(data.tokenizer.encode(question.prompt)) for question in asked) + MOST_TOKENS
+    rows = max(1, data.batch_rows * data.context // min(context, longest))
     forms = [site.form for site in packed_sites(model).values()]
     if any(form.dynamic and form.granularity == "tensor" for form in forms):
-        return 1
-    return max(1, data.batch_rows * data.context // context)
+        rows = 1
+    found = score(model, data.tokenizer, asked, context=context, batch_size=rows).metrics()
+    return {name: value for name, value in found.items() if name != "questions"}
 
 
 def _kept_float(path: Path, recipe: Recipe, factory: str | None) -> nn.Module | None:

@@ -27,13 +27,14 @@ Teacher = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A part of a step's batch; ``share`` is its part of the targets that count, the weight of its loss: 0-D
-    where that is read off a sequence's targets."""
+    """A part of a step's batch; ``share`` is its part of the rows, ``weight`` that of the targets that count,
+    which is the factor of its loss."""
 
     x: Tensor
     y: Tensor
     teacher_logits: Tensor | None
-    share: float | Tensor
+    share: float
+    weight: float | Tensor
 
 
 def seed_for(seed: int, *parts: int | str) -> int:
@@ -98,8 +99,12 @@ class Batches:
             x = self.augment(x, self._noise)
         soft = [self._soft(*pair) for pair in zip(self._split(x), self._split(rows), strict=True)]
         targets = self._split(self.y[rows])
-        parts = zip(self._split(x), targets, soft, shares(targets), strict=True)
-        return [MicroBatch(*part) for part in parts]
+        return [
+            MicroBatch(part, target, logits, len(part) / len(x), weight)
+            for part, target, logits, weight in zip(
+                self._split(x), targets, soft, weights(targets), strict=True
+            )
+        ]
 
     def _split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         return tensor.chunk(self.accumulation) if self.accumulation > 1 else (tensor,)
@@ -110,8 +115,8 @@ class Batches:
         return self.teacher(x) if self.teacher is not None else None
 
 
-def shares(targets: Sequence[Tensor]) -> list[float | Tensor]:
-    """The part of all targets that count which each micro-batch has: its part of the rows, where all do."""
+def weights(targets: Sequence[Tensor]) -> list[float | Tensor]:
+    """The part that each micro-batch has of all targets that count, 0-D; where all do, of the rows."""
     masks = [mask for part in targets if (mask := counted(part)) is not None]
     if len(targets) == 1 or not masks:
         rows = sum(len(part) for part in targets)

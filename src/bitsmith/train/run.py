@@ -147,7 +147,7 @@ class Run:
         """Gradients of the mean loss over all micro-batches, and that loss (0-D, detached)."""
         total: Tensor | None = None
         for part in batch:
-            loss = self._loss(part) if len(batch) == 1 else self._loss(part) * part.share
+            loss = self._loss(part) if len(batch) == 1 else self._loss(part) * part.weight
             loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
