@@ -50,7 +50,7 @@ MEANING = {
     "model": "what to train: a built-in name (digits_cnn, digits_vit, resnet20, resnet32, resnet56, byte_llama), "
     "`hf:PATH` of a causal language model of transformers ([language modelling](language.md)) or "
     "`package.module:factory`; a mapping `{name: ..., arguments: {...}}` passes arguments",
-    "data": "`digits` (scikit-learn's), `npz:FILE`, `folder:DIR`, `pydoc`, `text:PATH` or `package.module:factory`; "
+    "data": "`digits` (scikit-learn's), `npz:FILE`, `folder:DIR`, `pydoc`, `text:PATH`, `arithmetic` or `package.module:factory`; "
     "with arguments as for `model`",
     "pretrained": "a safetensors file with the float weights, such as `checkpoints/float.safetensors` of an earlier run; "
     "without it the float model is trained first",

@@ -249,7 +249,7 @@ def steps(before: list[float], got: list[float]) -> tuple[Probe, dict[str, torch
     model = finalize(prepared(bits=4), X)
     scale = model.head.input.scale  # type: ignore[union-attr]
     reference = torch.tensor(before).view(-1, 1)
-    seen = Probe(steps={"head.input": (reference, reference.round())})
+    seen = Probe(steps={"head.input": (reference, reference.round())}, rows=len(before))
     return seen, {"head.input": torch.tensor(got).view(-1, 1) * scale}, model
 
 
@@ -259,6 +259,17 @@ def test_a_neighbouring_code_at_the_border_is_a_tie_and_nothing_else_is() -> Non
     first, tied = first_differences(*steps(before, got))
     assert first.tolist() == [0, 0, 0, 0, 1, 0]
     assert tied.tolist() == [True, True, False, False, True, False]
+
+
+def test_rows_are_told_apart_where_a_model_flattens_them_and_shared_where_it_has_none() -> None:
+    before, got = [0.3, 0.3, 0.3, 0.3, 0.3, 0.3], [0.0, 0.0, 0.0, 1.0, 0.0, 0.0]
+    seen, values, model = steps(before, got)
+    seen.rows = 3  # of two tokens each
+    first, tied = first_differences(seen, values, model)
+    assert (first.tolist(), tied.tolist()) == ([1, 0, 1], [True, False, True])
+    seen.rows = 4  # six values that belong to no row: to all of them
+    first, tied = first_differences(seen, values, model)
+    assert (first.tolist(), tied.tolist()) == ([0] * 4, [False] * 4)
 
 
 def test_a_probe_shows_sites_and_layers_in_their_order(models: tuple[nn.Module, nn.Module]) -> None:

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from bitsmith.errors import DataError
-from bitsmith.tasks.arithmetic import IGNORED, arithmetic, as_rows, as_text
+from bitsmith.tasks.arithmetic import arithmetic, as_rows, as_text
+from bitsmith.train.distillation import IGNORED
 from tests.tasks.language import Ascii, Bigram, log_probability
 
 

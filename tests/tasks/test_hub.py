@@ -13,7 +13,7 @@ from bitsmith.errors import DataError, FormatError, MissingExtra, RecipeError
 from bitsmith.quantization import Scheme, calibrate, prepare, sites
 from bitsmith.quantization.finalize import finalize
 from bitsmith.tasks import build, language, load
-from bitsmith.tasks.hub import unsupported
+from bitsmith.tasks.hub import swaps_of, unsupported
 from bitsmith.tasks.tokens import load_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -67,16 +67,17 @@ def test_its_layers_are_quantized_and_what_is_not_is_listed(kind: str, tmp_path:
     saved(kind, tmp_path)
     model = build(f"hf:{tmp_path}").eval()
     count = sum(parameter.numel() for parameter in model.parameters())
-    coverage = prepare(model, Scheme(bits=4, granularity="channel"), Scheme(bits=8))
+    coverage = prepare(model, Scheme(bits=4, granularity="channel"), Scheme(bits=8), swaps=swaps_of(model))
     tokens = torch.randint(0, 96, (4, 11))
     calibrate(model, [tokens])
     assert coverage.parameters == count
     layers = {name.rpartition(".")[0].rpartition(".")[2] for name in sites(model)}
     reasons = {left.name: left.reason for left in coverage.leftovers}
-    if kind == "gpt2" and "c_attn" not in layers:
-        assert "Conv1D" in reasons["lm.transformer.h.0.attn.c_attn.weight"]
-    elif kind != "gpt2":
-        assert {"q_proj", "k_proj", "v_proj", "lm_head"} <= layers
+    if kind == "gpt2":
+        assert {"c_attn", "c_proj", "c_fc", "wte", "wpe", "lm_head"} <= layers
+        assert all("ln_" in name or name.endswith(".bias") for name in reasons)
+    else:
+        assert {"q_proj", "k_proj", "v_proj", "embed_tokens", "lm_head"} <= layers
     packed = finalize(model, tokens)
     with torch.no_grad():
         assert torch.allclose(packed(tokens), model(tokens), atol=1e-4)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bitsmith.errors import DataError
 from bitsmith.tasks import build, language
 from bitsmith.tasks.tokens import ByteTokenizer
+from bitsmith.train.distillation import IGNORED
 
 
 class Bigram(nn.Module):
@@ -44,6 +45,23 @@ def test_the_loss_is_torchs_cross_entropy_and_the_rest_follows(tokens: Tensor) -
     assert found["bits_per_byte"] == pytest.approx(expected / math.log(2), rel=1e-6)  # a token is a byte
     assert found["accuracy"] == pytest.approx((logits.argmax(-1) == y).double().mean().item())
     assert language.score(logits, y) == pytest.approx(found, rel=1e-6)
+
+
+def test_targets_that_are_ignored_are_no_tokens(tokens: Tensor) -> None:
+    model = build("byte_llama", seed=0, width=16, depth=1)
+    x, y = tokens[:, :-1], tokens[:, 1:].clone()
+    ignored = torch.rand(y.shape, generator=torch.Generator().manual_seed(2)) < 0.6
+    with torch.no_grad():
+        logits = model(x)
+    kept, wanted = logits[~ignored], y[~ignored]
+    expected = F.cross_entropy(kept.double(), wanted).item()
+    y[ignored] = IGNORED
+    for found in (language.evaluate(model, x, y, batch_size=2), language.score(logits, y)):
+        assert found["loss"] == pytest.approx(expected, abs=1e-6)
+        assert found["bits_per_byte"] == pytest.approx(expected / math.log(2), rel=1e-6)
+        assert found["accuracy"] == pytest.approx((kept.argmax(-1) == wanted).double().mean().item())
+    with pytest.raises(DataError, match="nothing to predict"):
+        language.evaluate(model, x, torch.full_like(y, IGNORED))
 
 
 def test_a_uniform_model_needs_eight_bits_a_byte(tokens: Tensor) -> None:

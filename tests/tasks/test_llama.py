@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bitsmith.errors import DataError, RecipeError
+from bitsmith.quantization import Scheme, prepare, sites
 from bitsmith.quantization.layers import MatMul
 from bitsmith.tasks import build
 
@@ -59,3 +60,15 @@ def test_more_tokens_than_positions_are_refused() -> None:
 def test_a_width_that_heads_cannot_share_is_refused() -> None:
     with pytest.raises(RecipeError, match="byte_llama: width 20 is not a multiple of twice the heads, 8"):
         build("byte_llama", width=20)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_matrix_is_a_site_and_a_tied_one_a_single_site(tied: bool) -> None:
+    model = build("byte_llama", seed=0, width=32, depth=2, context=8, tied=tied)
+    found = prepare(model, Scheme(bits=4, granularity="channel"), Scheme(bits=8))
+    assert all("norm" in left.name for left in found.leftovers)
+    weights = {name: q.bits.whole() for name, q in sites(model).items() if q.kind == "weight"}
+    ends = {"embed_tokens.weight": 8} | ({} if tied else {"lm_head.weight": 8})
+    assert {name: bits for name, bits in weights.items() if bits == 8} == ends
+    assert len(weights) == 2 * 7 + len(ends)
+    assert all(bits == 4 for name, bits in weights.items() if name not in ends)

@@ -131,6 +131,9 @@ def test_a_file_is_read_up_to_the_limit_and_empty_lines_do_not_count(tmp_path):
     )
     assert [question.answer for question in read_questions(path, limit=3)] == ["0", "1", "2"]
     assert len(read_questions(path, limit=5)) == 5
+    for limit in (0, -1):
+        with pytest.raises(DataError, match=f"no question is left to ask; got {limit}"):
+            read_questions(path, limit=limit)
     with pytest.raises(DataError, match="line 10: this line is not JSON"):
         read_questions(path)
 

@@ -13,6 +13,7 @@ from bitsmith.errors import DataError
 from bitsmith.tasks import Data, TextData, build, load
 from bitsmith.tasks.text import once, text_data, windows
 from bitsmith.tasks.tokens import ByteTokenizer
+from bitsmith.train.distillation import IGNORED
 
 SIMPLE = "".join(chr(33 + index % 90) for index in range(2000))
 
@@ -151,6 +152,11 @@ def test_a_token_outside_the_vocabulary_is_refused() -> None:
     x = torch.zeros(2, 4, dtype=torch.int64)
     with pytest.raises(DataError, match="t: test_y: a token is not in the vocabulary; got 0 to 256"):
         TextData(x, x, x[:0], x[:0], x, x.index_fill(1, torch.tensor(1), 256), ByteTokenizer(), name="t")
+    with pytest.raises(DataError, match="t: test_x: a token is not in the vocabulary; got -100 to 0"):
+        TextData(x, x, x[:0], x[:0], x.index_fill(1, torch.tensor(1), IGNORED), x, ByteTokenizer(), name="t")
+    masked = x.index_fill(0, torch.tensor(1), IGNORED)
+    with pytest.raises(DataError, match=r"t: train_y: a row has no target that counts.* in row 1"):
+        TextData(x, masked, x[:0], x[:0], x, x, ByteTokenizer(), name="t")
     with pytest.raises(DataError, match="tokens have the wrong form"):
         TextData(x.float(), x, x, x, x, x, ByteTokenizer())
 

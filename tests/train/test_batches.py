@@ -5,6 +5,7 @@ import torch
 
 from bitsmith.errors import DataError
 from bitsmith.train.batches import Batches, seed_for
+from bitsmith.train.distillation import IGNORED, cross_entropy
 from tests.train.problem import data, shift
 
 
@@ -46,7 +47,23 @@ def test_splitting_a_batch_changes_neither_rows_nor_augmentation() -> None:
     parts = Batches(x, y, batch_size=8, augment=shift, accumulation=3).step(2)
     assert [len(part.y) for part in parts] == [3, 3, 2]
     assert sum(part.share for part in parts) == pytest.approx(1)
+    assert [part.weight for part in parts] == [part.share for part in parts]
     assert torch.equal(torch.cat([part.x for part in parts]), whole[0].x)
+
+
+def test_parts_of_sequences_weigh_by_the_targets_that_count() -> None:
+    y = torch.full((4, 6), IGNORED)
+    for row, count in enumerate((1, 2, 3, 6)):
+        y[row, :count] = row
+    x = torch.randn(4, 6, 5)
+    parts = Batches(x, y, batch_size=4, accumulation=2).step(0)
+    assert [float(part.weight) for part in parts] == [
+        pytest.approx(int((part.y != IGNORED).sum()) / 12) for part in parts
+    ]
+    together = sum(part.weight * cross_entropy(part.x, part.y) for part in parts)
+    torch.testing.assert_close(together, cross_entropy(x, y))
+    assert Batches(x, y, batch_size=4).step(0)[0].weight == 1
+    assert [part.share for part in parts] == [0.5, 0.5]
 
 
 def test_bytes_become_floats_in_0_to_1() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from bitsmith.train.distillation import combined_loss, cross_entropy, distillation_loss
+from bitsmith.train.distillation import IGNORED, combined_loss, cross_entropy, distillation_loss
 
 STUDENT = torch.tensor([[1.0, -2.0, 0.5], [0.3, 0.1, 4.0]])
 TEACHER = torch.tensor([[0.2, 1.0, -1.0], [2.0, 0.0, 1.0]])
@@ -69,3 +69,25 @@ def test_a_teacher_alone_never_looks_at_the_labels() -> None:
 
     loss = combined_loss(STUDENT, TARGETS, TEACHER, task_loss=refuse, weight=1.0, temperature=1.0)
     assert math.isfinite(loss)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_what_is_ignored_counts_in_no_term_and_in_no_mean(weight: float, smoothing: float) -> None:
+    student, teacher = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0)), torch.randn(2, 5, 3)
+    targets = torch.tensor([[IGNORED, 1, 2, IGNORED, IGNORED], [IGNORED, IGNORED, 0, 1, 2]])
+
+    def loss(logits: torch.Tensor, soft: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        def task(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return cross_entropy(a, b, smoothing)
+
+        return combined_loss(logits, labels, soft, task_loss=task, weight=weight, temperature=2.0)
+
+    kept = targets != IGNORED
+    masked = student.clone().requires_grad_()
+    found, expected = loss(masked, teacher, targets), loss(student[kept], teacher[kept], targets[kept])
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    assert masked.grad is not None
+    assert (masked.grad[~kept] == 0).all()
+    assert (masked.grad[kept] != 0).any()

@@ -1,8 +1,9 @@
-"""`bitsmith evaluate`: the model of a run on its own or on other data, and under shifts."""
+"""`bitsmith evaluate`: the model of a run on its own or on other data, under shifts, and on questions."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -13,8 +14,10 @@ EXAMPLES = (
     ("bitsmith evaluate runs/digits", "on the test images of the run"),
     ("bitsmith evaluate runs/digits --shift all", "under noise, blur, contrast, rotation and translation"),
     ("bitsmith evaluate runs/digits --data npz:mine.npz", "on your own images"),
+    ("bitsmith evaluate runs/language --questions arc.jsonl", "how many questions a language model answers"),
 )
 LANGUAGE = ("loss", "perplexity", "bits_per_byte")
+SHARES = ("accuracy", "normalized_accuracy")  # of the questions
 
 
 def command(
@@ -28,24 +31,68 @@ def command(
             show_default=False,
         ),
     ] = None,
+    questions: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help="Score the run's language models on these questions, one JSON object a line.",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Ask the first N alone.", show_default=False)
+    ] = None,
     model: OwnModel = None,
     json: Json = False,
 ) -> None:
-    """Measure the packed model of a run on its test images, or on yours, and under shifts of the input."""
-    from bitsmith.recipe.reopen import evaluate_run
+    """Measure the packed model of a run on its test split, or on yours; under shifts; on questions."""
+    from bitsmith.errors import RecipeError
+    from bitsmith.recipe.reopen import ask_run, evaluate_run
 
-    result = evaluate_run(run, data=data, shift=shift, factory=model)
-    if json:
-        print_json(result)
+    if questions is not None:
+        if shift is not None:
+            raise RecipeError("questions know no shift", where="--shift", got=shift, remedy="Leave one out")
+        asked = ask_run(run, questions, limit=limit, data=data, factory=model)
+        print_json(asked) if json else _show_answers(asked)
         return
+    if limit is not None:
+        raise RecipeError(
+            "there are no questions", where="--limit", got=limit, remedy="Give --questions FILE"
+        )
+    result = evaluate_run(run, data=data, shift=shift, factory=model)
+    print_json(result) if json else _show(result)
+
+
+def _show(result: dict[str, Any]) -> None:
     from bitsmith.report.words import percent
 
-    rows = [(name, percent(value, 2)) for name, value in result["shift"].items()]
     if "perplexity" in result:
         title = f"{result['data']}: {result['sequences']} test sequences"
-        figures = ((key.replace("_", " "), f"{result[key]:.4g}") for key in LANGUAGE)
-        output().print(table(title, ("", ""), [*figures, ("accuracy", percent(result["accuracy"], 2))]))
+        rows = [(key.replace("_", " "), f"{result[key]:.4g}") for key in LANGUAGE]
+        rows += [
+            (key.replace("_", " "), percent(result[key], 2))
+            for key in ("accuracy", "exact_match")
+            if key in result
+        ]
+        output().print(table(title, ("", ""), rows))
         return
-    rows = [("as it is", percent(result["accuracy"], 2)), *rows]
+    rows = [("as it is", percent(result["accuracy"], 2))]
+    rows += [(name, percent(value, 2)) for name, value in result["shift"].items()]
     title = f"{result['data']}: {result['images']} test images"
     output().print(table(title, ("", "accuracy"), rows))
+
+
+def _show_answers(asked: dict[str, Any]) -> None:
+    """A row for each model, a column for each share with its standard error."""
+    models = {name: asked[name] for name in ("float", "quantized") if asked[name] is not None}
+    shares = [key for key in SHARES if key in asked["quantized"]]
+    rows = [(name, *(_share(scores, key) for key in shares)) for name, scores in models.items()]
+    title = f"{Path(asked['file']).name}: {asked['questions']} questions"
+    columns = ("", *(key.replace("_", " ") for key in shares))
+    output().print(table(title, columns, rows, caption="\u00b1: the standard error"))
+
+
+def _share(scores: dict[str, float], key: str) -> str:
+    from bitsmith.report.words import percent
+
+    return f"{percent(scores[key], 1)} \u00b1 {percent(scores[f'{key}_standard_error'], 1)}"

@@ -36,6 +36,7 @@ OwnModel = Annotated[
     str | None, _hint("module:factory", "What builds the model, where it is not a built-in one.")
 ]
 OtherData = Annotated[
-    str | None, _hint("DATA", "Other data: digits, npz:FILE, folder:DIR, pydoc, text:PATH, module:factory.")
+    str | None,
+    _hint("DATA", "Other data: digits, npz:FILE, folder:DIR, pydoc, text:PATH, arithmetic, module:factory."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]

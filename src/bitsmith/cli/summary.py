@@ -90,9 +90,9 @@ def _accuracies(run: Run) -> Table:
 
 
 def _losses(run: Run) -> Table:
-    """Loss, perplexity, bits per byte and next-token accuracy of each stage."""
+    """The figures of language modelling of each stage."""
     made = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for column in ("", *(column.lower() for column in language.COLUMNS)):
+    for column in ("", *(column.lower() for column in language.columns(run))):
         made.add_column(column, justify="left" if not column else "right")
     for stage, name, cells in language.table(run):
         made.add_row(name.lower(), *cells, style="bold" if stage == "quantized" else "")

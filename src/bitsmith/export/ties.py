@@ -29,17 +29,18 @@ class Probe:
     """What one forward showed, in the order in which it came: activations in steps, and layer outputs.
 
     steps: site -> (x / scale - half before rounding, the same after it); only sites with one stored scale.
-    outputs: layer -> (its output, how many sites had come before it).
+    outputs: layer -> (its output, how many sites had come before it). rows: of the input.
     """
 
     steps: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     outputs: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+    rows: int = 0
 
 
 @torch.no_grad()
 def probe(model: nn.Module, x: Tensor) -> Probe:
     """Watch a prepared or packed model on ``x``; a module that is called twice shows its first call."""
-    seen = Probe()
+    seen = Probe(rows=len(x))
     with _hooks(model, seen):
         model(x)
     return seen
@@ -88,7 +89,7 @@ def first_differences(reference: Probe, got: dict[str, Tensor], model: nn.Module
     """Per row: index of the first site whose codes differ (the number of sites, if none), and whether every
     difference there is a tie. ``got``: site -> values, out of ``model``'s file; missing sites are passed."""
     scales = dict(_scales(model).values())
-    rows = len(next(iter(reference.steps.values()))[0]) if reference.steps else 0
+    rows = reference.rows
     first = torch.full((rows,), len(reference.steps))
     tied = torch.ones(rows, dtype=torch.bool)
     for index, (site, (before, after)) in enumerate(reference.steps.items()):
@@ -96,11 +97,19 @@ def first_differences(reference: Probe, got: dict[str, Tensor], model: nn.Module
             continue
         scale, half = scales[site]
         values = got[site].reshape(after.shape)  # a runtime may see the tokens of all rows as one axis
-        apart = (values / scale - half - after).abs().flatten(1)
+        apart = by_row((values / scale - half - after).abs(), rows)
         differs = ~(apart < 0.5)  # not a number differs too
-        to_border = ((before - before.floor()) - 0.5).abs().flatten(1)
+        to_border = by_row(((before - before.floor()) - 0.5).abs(), rows)
         excused = (to_border <= TIE) & (apart < 1.5)
         new = differs.any(1) & (first == len(reference.steps))
         first[new] = index
         tied[new] = (excused | ~differs).all(1)[new]
     return first, tied
+
+
+def by_row(values: Tensor, rows: int) -> Tensor:
+    """(rows, n): what belongs to each row of the input. Some models put rows and tokens into one axis (OPT's
+    MLP); what does not depend on the input (embedded positions) belongs to every row."""
+    if len(values) % rows == 0:
+        return values.reshape(rows, -1)
+    return values.reshape(1, -1).expand(rows, -1)

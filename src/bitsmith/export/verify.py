@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from bitsmith.errors import ExportMismatch, FormatError, listing
 from bitsmith.export.readers import Array, StoredSite
 from bitsmith.export.runtimes import OPENERS, Opened, outputs_of
-from bitsmith.export.ties import first_differences, probe
+from bitsmith.export.ties import by_row, first_differences, probe
 from bitsmith.numerics.blocks import from_groups
 from bitsmith.quantization.bits import in_words, mean_width
 from bitsmith.quantization.integer_layers import PackedWeight, packed_sites
@@ -178,13 +178,15 @@ def _check_layers(entry: dict[str, Any], opened: Opened, packed: nn.Module, x: T
                 where=names[wrong],
                 remedy="Do not use the file; please report this model and runtime",
             )
-        equal = first >= sites_before if len(first) else torch.ones(len(x), dtype=torch.bool)
+        equal = first >= sites_before
         output = got.get(layer, torch.empty(0))
         known = output.shape == want.shape
         if known and not bool(equal.any()):
             errors[layer] = None  # every row had a tie before
             continue
-        error = _error(output, want)[equal].max().item() if known else float("inf")
+        error = float("inf")
+        if known:
+            error = _error(by_row(output, len(x)), by_row(want, len(x)))[equal].max().item()
         if error > LAYER_TOLERANCE:
             raise ExportMismatch(
                 f"inside {opened.runtime}, this layer's output differs from the trained one",

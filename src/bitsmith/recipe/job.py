@@ -39,6 +39,7 @@ from bitsmith.recipe.progress import Event, Progress, silent
 from bitsmith.recipe.schema import Recipe, relocated
 from bitsmith.recipe.threads import enough_threads
 from bitsmith.tasks import Examples, build, load
+from bitsmith.tasks.hub import swaps_of
 from bitsmith.tasks.resnet import load_weights
 from bitsmith.train import Progress as TrainProgress
 from bitsmith.train import TrainConfig, train
@@ -222,6 +223,7 @@ def prepare_sites(
             target=recipe.target,
             first_last_bits=spec.first_last_bits,
             check_pairs=check_pairs and search_options(recipe) is None,
+            swaps=swaps_of(model),
         )
     except TargetError as error:
         if plan is not None:

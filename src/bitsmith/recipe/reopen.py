@@ -24,10 +24,12 @@ from bitsmith.recipe.directory import load_stage, stage_path
 from bitsmith.recipe.job import prepare_sites
 from bitsmith.recipe.load import load_recipe
 from bitsmith.recipe.schema import EXPORTS, NO_RUNTIME, Recipe
-from bitsmith.tasks import Data, Examples, build
+from bitsmith.tasks import Data, Examples, TextData, build
 from bitsmith.tasks import load as load_data
 from bitsmith.tasks.data import LOADERS
 from bitsmith.tasks.models import HUB, MODELS, NOT_STRUCTURE
+from bitsmith.tasks.questions import Question, read_questions
+from bitsmith.tasks.scoring import MOST_TOKENS, score
 from bitsmith.tasks.shifts import SHIFTS, evaluate_shifts
 
 
@@ -121,13 +123,73 @@ def evaluate_run(
     }
 
 
+def ask_run(
+    path: Path,
+    questions: Path,
+    *,
+    limit: int | None = None,
+    data: str | None = None,
+    factory: str | None = None,
+) -> dict[str, Any]:
+    """The scores of a run's packed model on a file of questions, the first ``limit`` of them, and of its
+    float model: that of its float stage, or of the folder that an ``hf:`` recipe began with; None where there
+    is none. The tokenizer is that of the run's data, or of ``data``. Raises RecipeError, FormatError,
+    DataError.
+    """
+    recipe = _recipe(path)
+    asked = read_questions(questions, limit)
+    examples = _data(path, recipe, data)
+    if not isinstance(examples, TextData):
+        raise RecipeError(
+            "only language models answer questions",
+            where="--questions",
+            got=f"a run on {examples.unit} ({examples.name})",
+            expected="a run on text",
+            remedy="Leave --questions out",
+        )
+    found: dict[str, Any] = {"run": str(path), "file": str(questions), "questions": len(asked)}
+    models = {"float": _kept_float(path, recipe, factory), "quantized": _packed(path, recipe, factory)}
+    for name, model in models.items():
+        found[name] = None if model is None else _scores(model, examples, asked)
+    return found
+
+
+def _scores(model: nn.Module, data: TextData, asked: Sequence[Question]) -> dict[str, float]:
+    """Without their number, as many rows at once as their logits allow; one where a range is taken over all
+    rows of a batch."""
+    context = getattr(model, "context", None) or data.context
+    longest = max(len(data.tokenizer.encode(question.prompt)) for question in asked) + MOST_TOKENS
+    rows = max(1, data.batch_rows * data.context // min(context, longest))
+    forms = [site.form for site in packed_sites(model).values()]
+    if any(form.dynamic and form.granularity == "tensor" for form in forms):
+        rows = 1
+    found = score(model, data.tokenizer, asked, context=context, batch_size=rows).metrics()
+    return {name: value for name, value in found.items() if name != "questions"}
+
+
+def _kept_float(path: Path, recipe: Recipe, factory: str | None) -> nn.Module | None:
+    """The float model that a run started from, where the run kept it or can name it without code."""
+    stage = load_stage(path, "float")
+    untouched = recipe.model.name.startswith(HUB) and not (recipe.float_train or recipe.pretrained or factory)
+    if stage is None and not untouched:
+        return None
+    model = _float_model(path, recipe, factory)
+    if stage is not None:
+        model.load_state_dict(stage[0])
+    return model
+
+
 def reopen(path: Path, data: str | None, factory: str | None) -> tuple[nn.Module, Examples]:
     """The packed model of a run, and data for it. Raises RecipeError where code would have to be named."""
     recipe = _recipe(path)
     examples = _data(path, recipe, data)
+    return _packed(path, recipe, factory), examples
+
+
+def _packed(path: Path, recipe: Recipe, factory: str | None) -> nn.Module:
     if recipe.model.name in MODELS and factory is None:
-        return load_model(path / "model"), examples
-    return load_model(path / "model", into=_float_model(path, recipe, factory)), examples
+        return load_model(path / "model")
+    return load_model(path / "model", into=_float_model(path, recipe, factory))
 
 
 def _recipe(path: Path) -> Recipe:

@@ -11,6 +11,7 @@ from bitsmith.report.outcome import STAGES
 from bitsmith.report.samples import Sample
 
 COLUMNS = ("Loss, nats per token", "Perplexity", "Bits per byte", "Next token right")
+ANSWERS = "Answers right"
 
 
 def figures(run: Run) -> str:
@@ -21,12 +22,18 @@ def figures(run: Run) -> str:
     ]
     if not rows:
         return ""
-    shown = page.table(["Stage", *COLUMNS], rows, "Figures of language modelling", numbers=range(1, 5))
+    names = ["Stage", *columns(run)]
+    shown = page.table(names, rows, "Figures of language modelling", numbers=range(1, len(names)))
     return page.card("Language modelling", shown, remark=about(run), wide=True)
 
 
+def columns(run: Run) -> tuple[str, ...]:
+    """COLUMNS, and for data of problems the share that a model answers right."""
+    return COLUMNS if run.figure("float", "exact_match") is None else (*COLUMNS, ANSWERS)
+
+
 def table(run: Run) -> list[tuple[str, str, list[str]]]:
-    """(stage, its name, its cells under COLUMNS); nothing for other tasks."""
+    """(stage, its name, its cells under `columns`); nothing for other tasks."""
     if words.measure(run) is not words.LOSS:
         return []
     return [
@@ -38,12 +45,13 @@ def table(run: Run) -> list[tuple[str, str, list[str]]]:
 
 def _cells(run: Run, stage: str) -> list[str]:
     loss, bits = run.figure(stage, "loss"), run.figure(stage, "bits_per_byte")
-    return [
+    cells = [
         words.DASH if loss is None else f"{loss:.3f}",
         words.perplexity(run.figure(stage, "perplexity")),
         words.DASH if bits is None else f"{bits:.3f}",
         words.percent(run.figure(stage, "accuracy")),
     ]
+    return cells + [words.percent(run.figure(stage, "exact_match"))] * (ANSWERS in columns(run))
 
 
 def about(run: Run) -> str:

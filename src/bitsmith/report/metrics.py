@@ -251,7 +251,7 @@ def _read_metrics(path: Path) -> dict[str, Any]:
     accuracies: list[tuple[str, Any]] = [
         (f"{stage}.{key}", (metrics.get(stage) or {}).get(key))
         for stage in ("float", "post_training", "quantized", "searched", "uniform")
-        for key in ("accuracy", "validation_accuracy")
+        for key in ("accuracy", "validation_accuracy", "exact_match")
     ]
     for group in ("exported", "shift"):
         for name, entry in (metrics.get(group) or {}).items():

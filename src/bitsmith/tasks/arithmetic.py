@@ -15,10 +15,26 @@ from torch import Tensor
 
 from bitsmith.errors import DataError
 from bitsmith.tasks.examples import SPLITS
-from bitsmith.tasks.likelihood import Tokenizer, split
+from bitsmith.tasks.likelihood import split
+from bitsmith.tasks.problems import ProblemData
 from bitsmith.tasks.questions import END_OF_LINE, OpenQuestion
+from bitsmith.tasks.text import tokenizer_for
+from bitsmith.tasks.tokens import Tokenizer
+from bitsmith.train.distillation import IGNORED
 
-IGNORED = -100  # cross_entropy's own mark of a target that does not count
+
+def arithmetic_data(
+    seed: int = 0, model: str = "", largest: int = 99, held_out: float = 0.1, tokenizer: str | None = None
+) -> ProblemData:
+    """The data "arithmetic": `arithmetic` as rows, of which only the answers count.
+
+    tokenizer: "bytes" or "hf:PATH"; without it that of an ``hf:`` model, and bytes with any other.
+    """
+    known = tokenizer_for(tokenizer, model)
+    splits = arithmetic(largest, seed, held_out)
+    train, val, test = (as_rows(splits[name], known) for name in SPLITS)
+    about = f"sums and differences of numbers up to {largest}; only the answers count"
+    return ProblemData(*train, *val, *test, known, name="arithmetic", about=about, seed=seed)
 
 
 def arithmetic(

@@ -1,8 +1,8 @@
 """Where data come from: `load` of a built-in name or of "package.module:factory".
 
 Loaders are functions that return checked `Examples`; a table names them: "digits", "npz:PATH", "folder:PATH"
-(images, dataset.py), "pydoc" and "text:PATH" (text.py). Nothing is downloaded. Images keep their range: uint8
-is read as value / 255, floats are passed to the model as they are.
+(images, dataset.py), "pydoc" and "text:PATH" (text.py), "arithmetic" (arithmetic.py). Nothing is downloaded.
+Images keep their range: uint8 is read as value / 255, floats are passed to the model as they are.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bitsmith.errors import DataError, MissingExtra
+from bitsmith.tasks.arithmetic import arithmetic_data
 from bitsmith.tasks.augment import AUGMENTATIONS, Augmentation
 from bitsmith.tasks.dataset import Data, hold_out
 from bitsmith.tasks.examples import SPLITS, Examples
@@ -31,9 +32,9 @@ def load(spec: str, seed: int = 0, model: str = "", **arguments: Any) -> Example
     """The data that ``spec`` names; ``seed`` decides the splits. Raises DataError, MissingExtra.
 
     "digits" (fold, validation); "npz:PATH" (classes, validation, augment); "folder:PATH" (size, validation,
-    augment); "pydoc" and "text:PATH" (context, tokenizer, validation, test), whose tokenizer is that of
-    ``model`` where it is an "hf:" one; "package.module:factory", called with ``arguments``, and with ``seed``
-    where it takes one.
+    augment); "pydoc" and "text:PATH" (context, tokenizer, validation, test), "arithmetic" (largest, held_out,
+    tokenizer), whose tokenizer is that of ``model`` where it is an "hf:" one; "package.module:factory",
+    called with ``arguments``, and with ``seed`` where it takes one.
     """
     kind, colon, path = spec.partition(":")
     if kind in LOADERS and bool(colon) == (kind not in WITHOUT_PATH):
@@ -218,5 +219,6 @@ LOADERS: dict[str, Callable[..., Examples]] = {
     "folder": folder,
     "pydoc": pydoc,
     "text": read_text,
+    "arithmetic": arithmetic_data,
 }
-WITHOUT_PATH = ("digits", "pydoc")
+WITHOUT_PATH = ("digits", "pydoc", "arithmetic")

@@ -1,9 +1,9 @@
 """`Examples`: what a job asks of its data, whatever they are: three splits, how a model is measured, answers.
 
-`Data` (images, dataset.py) and `TextData` (text.py) are the two kinds. Whoever trains, calibrates, compares
-and delivers goes through this and never asks which of them it has. All of a small data set lives in tensors,
-so that shuffling, augmentation and resuming are index arithmetic with one generator; torch's DataLoader
-would add worker processes and hidden random states.
+`Data` (images, dataset.py) and `TextData` (text.py; with answers, problems.py) are the two kinds. Whoever
+trains, calibrates, compares and delivers goes through this and never asks which of them it has. All of a
+small data set lives in tensors, so that shuffling, augmentation and resuming are index arithmetic with one
+generator; torch's DataLoader would add worker processes and hidden random states.
 """
 
 from __future__ import annotations

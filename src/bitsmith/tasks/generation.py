@@ -15,7 +15,8 @@ from torch import nn
 from bitsmith.errors import DataError, TrainingDiverged
 from bitsmith.quantization.layers import in_eval_mode
 from bitsmith.tasks.classification import device_of
-from bitsmith.tasks.likelihood import Tick, Tokenizer
+from bitsmith.tasks.likelihood import Tick
+from bitsmith.tasks.tokens import Tokenizer
 
 
 @torch.no_grad()

@@ -16,7 +16,8 @@ from torch import nn
 
 from bitsmith.errors import DataError, MissingExtra
 from bitsmith.tasks.generation import generate
-from bitsmith.tasks.likelihood import Pair, Tick, Tokenizer, log_likelihoods, split
+from bitsmith.tasks.likelihood import Pair, Tick, log_likelihoods, split
+from bitsmith.tasks.tokens import Tokenizer
 
 # One thing, four names; the first that is given counts, as in the harness.
 MAX_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bitsmith.errors import DataError, FormatError, MissingExtra, RecipeError
+from bitsmith.quantization.layers import QuantTransposedLinear
 
 MATRICES = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
 
@@ -84,6 +85,16 @@ def load_causal_lm(path: str) -> CausalLM:
     return CausalLM(model)
 
 
+def swaps_of(model: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
+    """The ``swaps`` that `prepare` needs for this model: GPT-2's linear layers, transformers' Conv1D, are no
+    nn.Linear. Empty for a model without such layers; transformers is not imported for it."""
+    return {kind: QuantTransposedLinear for kind in map(type, model.modules()) if _is_conv1d(kind)}
+
+
+def _is_conv1d(kind: type[nn.Module]) -> bool:
+    return kind.__name__ == "Conv1D" and kind.__module__.partition(".")[0] == "transformers"
+
+
 def unsupported(model: nn.Module) -> list[str]:
     """Modules that hold matrices of their own and are of no kind known here: "NAME (Kind)", one a kind."""
     found: dict[str, str] = {}
@@ -91,7 +102,7 @@ def unsupported(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         own = [p for p in module.parameters(recurse=False) if p.ndim > 1 and min(p.shape) > 1]
         kind = type(module).__name__
-        if own and not isinstance(module, MATRICES) and kind != "Conv1D":
+        if own and not isinstance(module, MATRICES) and not _is_conv1d(type(module)):
             found.setdefault(kind, name)
             count[kind] += 1
     return [f"{name} ({kind}, {count[kind]} in all)" for kind, name in found.items()]

@@ -3,6 +3,7 @@
     loss = mean over tokens of -ln p(token | those before it in its window)     nats
     perplexity = e^loss            bits per byte = loss / ln 2 · tokens / bytes of their text
 
+Targets that are IGNORED, as those of a prompt, are no tokens here: they count in no mean and have no bytes.
 Works on any module from tokens (N, T) int64 to logits (N, T, vocabulary): float, prepared, packed, or a
 runtime's wrapper. Loss and perplexity compare models of one tokenizer, bits per byte also those of different
 ones. Windows do not overlap, so the first tokens of each have little before them: evaluations that slide
@@ -22,6 +23,7 @@ from bitsmith.errors import DataError
 from bitsmith.quantization.layers import in_eval_mode
 from bitsmith.tasks.classification import device_of
 from bitsmith.tasks.tokens import ByteTokenizer, Tokenizer, byte_count
+from bitsmith.train.distillation import IGNORED
 
 LARGEST_LOSS = 700.0  # e^709 is the largest float: a model that is worse has no perplexity to write down
 
@@ -35,7 +37,7 @@ def evaluate(
     accuracy is the share of the tokens that are the likeliest one. The tokenizer, bytes where none is given,
     says how many bytes y stands for. Raises DataError where there is nothing to predict.
     """
-    if y.numel() == 0:
+    if not bool((y != IGNORED).any()):
         raise DataError("there is nothing to predict", where="evaluate", got="0 tokens")
     place, total, right = device_of(model), 0.0, 0
     with in_eval_mode(model):
@@ -53,17 +55,18 @@ def score(logits: Tensor, y: Tensor, tokenizer: Tokenizer | None = None) -> dict
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
+    """0 where a target is IGNORED."""
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none")
 
 
 def _metrics(total: float, right: int, y: Tensor, tokenizer: Tokenizer | None) -> dict[str, float]:
-    count, tokens = y.numel(), y.flatten().tolist()
-    loss = total / count
+    tokens = y[y != IGNORED].tolist()
+    loss = total / len(tokens)
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, LARGEST_LOSS)),
         "bits_per_byte": total / math.log(2) / max(byte_count(tokenizer or ByteTokenizer(), tokens), 1),
-        "accuracy": right / count,
+        "accuracy": right / len(tokens),
     }
 
 

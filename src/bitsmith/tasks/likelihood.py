@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,26 +19,10 @@ from torch import Tensor, nn
 from bitsmith.errors import DataError, TrainingDiverged
 from bitsmith.quantization.layers import in_eval_mode
 from bitsmith.tasks.classification import device_of
+from bitsmith.tasks.tokens import Tokenizer
 
 Tick = Callable[[int, int], None]  # (done, total)
 Pair = tuple[list[int], list[int]]  # (prompt, continuation), as token ids
-
-
-class Tokenizer(Protocol):
-    """What scoring needs of a tokenizer; encoding adds no special tokens."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids are 0 to vocab_size - 1."""
-        ...
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text."""
-        ...
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of ids."""
-        ...
 
 
 @dataclass(frozen=True)

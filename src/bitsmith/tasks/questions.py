@@ -55,6 +55,10 @@ def read_questions(path: str | os.PathLike[str], limit: int | None = None) -> li
 
     Raises DataError with the number of the first line that is wrong.
     """
+    if limit is not None and limit < 1:
+        raise DataError(
+            "no question is left to ask", where="limit", got=limit, expected="a whole number >= 1"
+        )
     questions: list[Question] = []
     for number, line in enumerate(_lines(Path(path)), start=1):
         if limit is not None and len(questions) == limit:
@@ -74,9 +78,7 @@ def read_questions(path: str | os.PathLike[str], limit: int | None = None) -> li
             )
         questions.append(question)
     if not questions:
-        raise DataError(
-            "there are no questions", where=str(path), got=f"limit {limit}" if limit == 0 else None
-        )
+        raise DataError("there are no questions", where=str(path))
     return questions
 
 

@@ -18,8 +18,9 @@ from torch import nn
 
 from bitsmith.errors import DataError
 from bitsmith.tasks.generation import generate
-from bitsmith.tasks.likelihood import Tick, Tokenizer, log_likelihoods, split
+from bitsmith.tasks.likelihood import Tick, log_likelihoods, split
 from bitsmith.tasks.questions import MultipleChoice, OpenQuestion, Question
+from bitsmith.tasks.tokens import Tokenizer
 
 MOST_TOKENS = 256  # of an answer, where the context has room
 # A minus after a digit, a letter or a bracket subtracts; commas count only between groups of three digits.

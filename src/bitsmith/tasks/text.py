@@ -21,19 +21,21 @@ from bitsmith.tasks import language
 from bitsmith.tasks.augment import Augmentation
 from bitsmith.tasks.examples import SPLITS, Examples
 from bitsmith.tasks.tokens import Tokenizer, load_tokenizer
+from bitsmith.train.distillation import IGNORED
 
 CONTEXT = 128
 SHARES = 0.1  # of the text, each of validation and test
 LOGITS = 2**24  # elements of the logits of one forward outside of training: 64 MB
 COMPARED = 2**26  # of the logits that an exported file is compared on
-TEMPERATURE, SAMPLED, PROMPT = 0.8, 120, 40  # of the text in the report; the last two in tokens
+TEMPERATURE, PROMPT = 0.8, 40  # of the text in the report; the latter in tokens
 
 
 @dataclass(frozen=True, eq=False)
 class TextData(Examples):
     """Tokens (N, T) int64 and those that follow them (N, T) int64, with the tokenizer that made them.
 
-    about: what the text is, in words. Raises DataError where anything is amiss.
+    Targets may be IGNORED, but not all of a row. about: what the text is, in words. Raises DataError where
+    anything is amiss.
     """
 
     train_x: Tensor
@@ -50,6 +52,7 @@ class TextData(Examples):
 
     unit: ClassVar[str] = "sequences"
     figures: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "bits_per_byte", "accuracy")
+    sampled: ClassVar[int] = 120  # tokens that a model writes for the report
 
     def __post_init__(self) -> None:
         for split in SPLITS:
@@ -72,12 +75,25 @@ class TextData(Examples):
             )
         if len(tokens) == 0 and not may_be_empty:
             raise DataError("there are no windows", where=where, got="0 rows", expected="at least one")
+        if where.endswith("_y"):
+            self._check_counted(tokens != IGNORED, where)
+            tokens = tokens[tokens != IGNORED]
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.tokenizer.vocab_size:
             raise DataError(
                 "a token is not in the vocabulary",
                 where=where,
                 got=f"{int(tokens.min())} to {int(tokens.max())}",
                 expected=f"0 to {self.tokenizer.vocab_size - 1}",
+            )
+
+    def _check_counted(self, counted: Tensor, where: str) -> None:
+        """A row without a target would have a loss of 0/0."""
+        if bool((empty := ~counted.any(1)).any()):
+            raise DataError(
+                "a row has no target that counts",
+                where=where,
+                got=f"{IGNORED} alone in row {int(empty.nonzero()[0])}",
+                expected="at least one token to predict",
             )
 
     @property
@@ -104,7 +120,8 @@ class TextData(Examples):
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """The loss."""
-        return {"loss": self.evaluate(model, *self.validation())["loss"]}
+        x, y = self.validation()
+        return {"loss": language.evaluate(model, x, y, self.tokenizer, self.batch_rows)["loss"]}
 
     def rank(self, standing: Mapping[str, float]) -> tuple[float, ...]:
         """The one of the lower loss."""
@@ -118,7 +135,7 @@ class TextData(Examples):
                 model,
                 self.tokenizer,
                 prompt,
-                SAMPLED,
+                self.sampled,
                 TEMPERATURE,
                 generator,
                 getattr(model, "context", self.context),
@@ -148,11 +165,11 @@ class TextData(Examples):
         return self.test_x[:rows], self.test_y[:rows]
 
     def facts(self) -> dict[str, Any]:
-        """The task, what the text is, and how many tokens there are."""
+        """The task, what the text is, and how many tokens are predicted."""
         return {
             "task": "language",
             "text": self.about,
-            "tokens": {split: self.split(split)[1].numel() for split in SPLITS},
+            "tokens": {split: int((self.split(split)[1] != IGNORED).sum()) for split in SPLITS},
         }
 
     def check(self, model: nn.Module, calibration_samples: int) -> None:
@@ -257,7 +274,7 @@ def pydoc(
         about=f"pydoc_data.topics of Python {version}, each paragraph once; other versions have another text",
         seed=seed,
         context=context,
-        tokenizer=_tokenizer(tokenizer, model),
+        tokenizer=tokenizer_for(tokenizer, model),
         validation=validation,
         test=test,
     )
@@ -304,11 +321,12 @@ def read_text(
         about=f"{len(files)} text file{'s' * (len(files) > 1)}",
         seed=seed,
         context=context,
-        tokenizer=_tokenizer(tokenizer, model),
+        tokenizer=tokenizer_for(tokenizer, model),
         validation=validation,
         test=test,
     )
 
 
-def _tokenizer(name: str | None, model: str) -> Tokenizer:
+def tokenizer_for(name: str | None, model: str) -> Tokenizer:
+    """The tokenizer of that name; without one that of an ``hf:`` model, and bytes with any other."""
     return load_tokenizer(name or (model if model.startswith("hf:") else "bytes"))

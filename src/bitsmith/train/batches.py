@@ -10,13 +10,14 @@ are too many to keep, as those of a language model are.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bitsmith.errors import DataError
+from bitsmith.train.distillation import counted
 
 KEPT = 2**26  # logits of a teacher: 256 MB
 
@@ -26,12 +27,14 @@ Teacher = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A part of a step's batch; ``share`` is its part of the rows, the weight of its loss."""
+    """A part of a step's batch; ``share`` is its part of the rows, ``weight`` that of the targets that count,
+    which is the factor of its loss."""
 
     x: Tensor
     y: Tensor
     teacher_logits: Tensor | None
     share: float
+    weight: float | Tensor
 
 
 def seed_for(seed: int, *parts: int | str) -> int:
@@ -95,9 +98,12 @@ class Batches:
             self._noise.manual_seed(seed_for(self.seed, "augment", epoch, index))
             x = self.augment(x, self._noise)
         soft = [self._soft(*pair) for pair in zip(self._split(x), self._split(rows), strict=True)]
+        targets = self._split(self.y[rows])
         return [
-            MicroBatch(part, target, logits, len(part) / len(x))
-            for part, target, logits in zip(self._split(x), self._split(self.y[rows]), soft, strict=True)
+            MicroBatch(part, target, logits, len(part) / len(x), weight)
+            for part, target, logits, weight in zip(
+                self._split(x), targets, soft, weights(targets), strict=True
+            )
         ]
 
     def _split(self, tensor: Tensor) -> tuple[Tensor, ...]:
@@ -107,6 +113,16 @@ class Batches:
         if self._teacher_logits is not None:
             return self._teacher_logits[rows]
         return self.teacher(x) if self.teacher is not None else None
+
+
+def weights(targets: Sequence[Tensor]) -> list[float | Tensor]:
+    """The part that each micro-batch has of all targets that count, 0-D; where all do, of the rows."""
+    masks = [mask for part in targets if (mask := counted(part)) is not None]
+    if len(targets) == 1 or not masks:
+        rows = sum(len(part) for part in targets)
+        return [len(part) / rows for part in targets]
+    sums = torch.stack([mask.sum() for mask in masks])
+    return list(sums / sums.sum())
 
 
 def as_float(x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Losses of one micro-batch: labels, a float teacher, or both.
 
 The teacher is a callable, not a member of the student, so that it is never saved, moved or trained with it.
+A target of a sequence that is IGNORED (a prompt, padding) counts in neither term, nor in any mean.
 """
 
 from __future__ import annotations
@@ -11,21 +12,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+IGNORED = -100  # cross_entropy's own mark of a target that does not count
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross entropy of logits (N, ..., classes) against targets (N, ...)."""
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), label_smoothing=label_smoothing)
+    """Mean cross entropy of logits (N, ..., classes) against targets (N, ...) that are not IGNORED."""
+    return F.cross_entropy(
+        logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, label_smoothing=label_smoothing
+    )
 
 
-def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+def counted(targets: Tensor) -> Tensor | None:
+    """Where targets (N, T, ...) count; None for labels (N,), which all do."""
+    return targets != IGNORED if targets.ndim > 1 else None
+
+
+def distillation_loss(
+    logits: Tensor, teacher_logits: Tensor, temperature: float, where: Tensor | None = None
+) -> Tensor:
     """T² · mean over rows of KL(softmax(teacher/T) || softmax(student/T)), logits (N, ..., classes).
 
-    T² keeps the gradient's size when T changes (1503.02531, section 2).
+    where: (N, ...) bool, the rows that the mean is over; all of them without it. T² keeps the gradient's size
+    when T changes (1503.02531, section 2).
     """
     student = F.log_softmax(logits.flatten(0, -2) / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits.flatten(0, -2) / temperature, dim=-1)
-    return F.kl_div(student, teacher, log_target=True, reduction="batchmean") * temperature**2
+    if where is None:
+        return F.kl_div(student, teacher, log_target=True, reduction="batchmean") * temperature**2
+    rows = F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
+    kept = where.flatten()
+    return rows.where(kept, 0.0).sum() / kept.sum() * temperature**2  # indexing by kept would wait for a GPU
 
 
 def combined_loss(
@@ -40,5 +56,5 @@ def combined_loss(
     """(1 - weight)·task + weight·distillation; a weight of 0 or 1 does not compute the other term."""
     if teacher_logits is None or weight == 0:
         return task_loss(logits, targets)
-    soft = distillation_loss(logits, teacher_logits, temperature)
+    soft = distillation_loss(logits, teacher_logits, temperature, counted(targets))
     return soft if weight == 1 else (1 - weight) * task_loss(logits, targets) + weight * soft

@@ -149,8 +149,8 @@ class Run:
         for part in batch:
             if len(batch) > 1:
                 for method in self.methods:
-                    method.micro_batch(part.share)
-            loss = self._loss(part) if part.share == 1 else self._loss(part) * part.share
+                    method.micro_batch(part.weight)
+            loss = self._loss(part) if len(batch) == 1 else self._loss(part) * part.weight
             loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
