@@ -42,8 +42,7 @@ class Method(nn.Module):
         return torch.zeros(())
 
     def micro_batch(self, share: float) -> None:
-        """Said before each micro-batch: the factor that its loss is multiplied by, its share of the step's
-        rows.
+        """Said before each micro-batch: its share of the step's rows.
 
         No hook but a number: a term at a site (quantization.site_terms) has no other way to know it. A step
         of one micro-batch need not say 1.

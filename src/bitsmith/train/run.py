@@ -149,7 +149,7 @@ class Run:
         for part in batch:
             if len(batch) > 1:
                 for method in self.methods:
-                    method.micro_batch(part.weight)
+                    method.micro_batch(part.share)
             loss = self._loss(part) if len(batch) == 1 else self._loss(part) * part.weight
             loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
