@@ -22,6 +22,8 @@ METHODS: dict[str, str] = {  # recipe key -> "file.Class" in bitsmith.methods
     "fractional_bits": "fractional_bits.FractionalBits",
     "progressive_bits": "progressive_bits.ProgressiveBits",
 }
+# widths are not final when training begins
+UNDECIDED = ("budget_search", "fractional_bits", "progressive_bits")
 
 
 def method_class(name: str) -> Callable[..., Method]:
