@@ -180,7 +180,7 @@ def table_b(units: list[dict[str, Any]], task: str) -> None:
     names = [name for name in CONTENDERS if name != "gptaq 1/4"]
     floats = [unit["float"]["loss"] for unit in units if "float" in unit]
     if floats:
-        print(f"\nb, {task}: the float model's loss is {'%.4f ± %.4f' % _results.mean_and_error(floats)}")
+        print(f"\nb, {task}: the float model's loss is {cell(floats)}")
     for key in shown:
         print(f"{key:<20}" + "".join(f"{point:>22}" for point in points))
         for name in names:

@@ -1,9 +1,9 @@
 """Two streams: the float model and the partly quantized one, over the same calibration batches.
 
-For the layers of one group the batches are run through both models, each only as far as that group, and what
-comes by is added to the sums of output_matching. So any module will do. The quantized model changes from group
-to group: it costs a forward for each, of half a model on average, and the memory of one batch. The float model
-does not: what it shows is kept for as many groups as `memory` holds, and one forward serves them all.
+For the layers of one group the batches are run through both models, each only as far as that group, and
+what comes by is added to the sums of output_matching. So any module will do. The quantized model changes from
+group to group: it costs a forward for each, of half a model on average, and the memory of one batch. The
+float model does not: what it shows is kept for as many groups as `MEMORY` holds, and one forward serves them.
 Activations are what the layer multiplies with: inputs behind their quantizer, patches of a convolution.
 """
 
@@ -221,8 +221,8 @@ def _of_batch(
     shape: Structure,
     norm: bool,
 ) -> dict[str, Moments]:
-    """The sums of one batch, of which the float model showed ``here``. H and C are computed once, of the first
-    layer."""
+    """The sums of one batch, of which the float model showed ``here``. H and C are computed once, of the
+    first layer."""
     none: dict[str, Writer] = {}
     there = look(model, group, shape.calls, none if here is None else shape.writers, batch)
     found: dict[str, Moments] = {}

@@ -58,7 +58,7 @@ def parse_recipe(document: Mapping[str, Any], source: str = "recipe") -> Recipe:
         raise RecipeError(
             f"weights cannot be rounded while {searching[0]} has not decided their widths",
             where=f"{source}, post_training",
-            remedy="Leave post_training out; or train first, and round its plan.json: plan: FILE, methods: []",
+            remedy="Leave post_training out; or round what was found: plan: its plan.json, methods: []",
         )
     return recipe
 

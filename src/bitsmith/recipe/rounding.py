@@ -29,8 +29,8 @@ ROWS = 64  # of a batch at most: activations of all layers are kept
 def round_weights(
     recipe: Recipe, model: nn.Module, float_model: nn.Module, data: Examples, out: Path, tell: Progress
 ) -> list[LayerFacts]:
-    """Round ``model``, prepared and calibrated, in place, and write FILE into ``out``. Nothing where the recipe
-    has no such section. Raises what `post_train` raises."""
+    """Round ``model``, prepared and calibrated, in place, and write FILE into ``out``; nothing where the
+    recipe has no such section. Raises what `post_train` raises."""
     spec = recipe.post_training
     if spec is None:
         return []
@@ -48,7 +48,8 @@ def round_weights(
 
 
 def check(recipe: Recipe, model: nn.Module, float_model: nn.Module, data: Examples) -> None:
-    """Find out before a long training what `round_weights` would refuse; ``model`` is prepared and calibrated."""
+    """Find out before a long training what `round_weights` would refuse of ``model``, prepared and
+    calibrated."""
     spec = recipe.post_training
     if spec is not None:
         finds = spec.matching and (spec.alpha is None or spec.beta is None)

@@ -14,6 +14,7 @@ from bitsmith.errors import FormatError
 from bitsmith.files import read_json
 from bitsmith.report import page, words
 from bitsmith.report.certificate import is_number
+from bitsmith.report.metrics import VERSION
 
 FILE = "post_training.json"
 COLUMNS = ("Layer", "Error, to nearest", "Error", "α", "β", "Rows", "Time")
@@ -33,7 +34,16 @@ def read_rounding(path: Path) -> tuple[Rounded, ...]:
     """The layers of a run; none where there is no file. Raises FormatError."""
     if not path.exists():
         return ()
-    found = read_json(path, "post-training file").get("layers")
+    document = read_json(path, "post-training file")
+    if document.get("version") != VERSION:
+        raise FormatError(
+            "this post-training file is of another version",
+            where=str(path),
+            got=document.get("version"),
+            expected=VERSION,
+            remedy="Read it with the Bitsmith that wrote it, or run again",
+        )
+    found = document.get("layers")
     if not isinstance(found, list) or not all(_is_layer(entry) for entry in found):
         raise FormatError(
             "layers is not a list of layers with figures",
@@ -67,8 +77,8 @@ def card(layers: Sequence[Rounded]) -> str:
     shown = page.table(COLUMNS, rows, "Layers that were rounded", numbers=range(1, len(COLUMNS)))
     rest = page.note(f"Left to their quantizers: {', '.join(left)}.") if left else ""
     remark = (
-        f"{sentence(layers)}. Error: of the outputs on the samples looked at, as a share of their energy, of the "
-        "weight rounded to nearest and of the one that training begins with."
+        f"{sentence(layers)}. Error: of the outputs on the samples looked at, as a share of their energy; of "
+        "the weight rounded to nearest, and of the one that training begins with."
     )
     return page.card("Rounding before training", shown + rest, remark=remark, wide=True)
 
