@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bitsmith.post_training.rounding import ROUNDINGS
 from bitsmith.quantization.scheme import CHOICES as SCHEME_CHOICES
 from bitsmith.quantization.scheme import Scheme
 from bitsmith.quantization.target import TARGETS, Target
 from bitsmith.recipe.load import DEFAULT
 from bitsmith.recipe.methods import METHODS, method_class
-from bitsmith.recipe.schema import EXPORTS, Quantize, Recipe
+from bitsmith.recipe.schema import EXPORTS, PostTraining, Quantize, Recipe
 from bitsmith.train.config import CHOICES as TRAIN_CHOICES
 from bitsmith.train.config import RANGES, TrainConfig
 
@@ -56,6 +57,8 @@ MEANING = {
     "without it the float model is trained first",
     "target": "where the model will run; it owns the grid, so it is chosen before training",
     "quantize": "what is quantized, and how: see below",
+    "post_training": "how weights are rounded before training, see below; without it each to nearest. "
+    "`train.epochs: 0` delivers what it gives; not with a method that decides widths",
     "plan": "a `plan.json` whose bit-widths are taken over",
     "methods": "a list of methods with their options",
     "train": "the quantization-aware training: see below",
@@ -67,6 +70,17 @@ MEANING = {
     "matches nothing is an error",
     "quantize.first_last_bits": "bit-width of the first and the last layer, unless overridden; null: like all others",
     "quantize.calibration_samples": "training samples that ranges are calibrated on",
+    "post_training.rounding": "what puts weights on their grids, layer by layer",
+    "post_training.matching": "move each weight first to where it gives the float model's outputs: "
+    "[output matching](methods/output_matching.md)",
+    "post_training.alpha": "how much of the inputs' error is made up for; null: found on held-out samples",
+    "post_training.beta": "how much of the residual stream's; null: found on held-out samples",
+    "post_training.norm": "count tokens as the norm behind an addition does",
+    "post_training.damping": "share of the mean of the Hessian's diagonal that is added to it",
+    "post_training.order": "columns of strong inputs first",
+    "post_training.refit": "calibrate each range anew on the weight that is to be rounded",
+    "post_training.correction": "of `gptaq`: the share of its correction that is taken; its authors' code takes 0.25",
+    "post_training.samples": "training samples that it looks at",
     "scheme.bits": "1 to 8; 32 leaves the site in float; of a weight per channel also a list, one width for each output "
     "channel",
     "scheme.granularity": "what shares a scale; `token` is for activations with `range: dynamic`",
@@ -125,6 +139,7 @@ def recipe() -> str:
             "scheme.",
             scheme_rows(),
         ),
+        table("`post_training`", "post_training.", post_training_rows()),
         table("`train` and `float`", "train.", train_rows()),
         methods(),
     ]
@@ -137,6 +152,7 @@ def keys() -> list[str]:
         "": recipe_rows(),
         "quantize.": quantize_rows(),
         "scheme.": scheme_rows(),
+        "post_training.": post_training_rows(),
         "train.": train_rows(),
     }
     return [prefix + name for prefix, rows in sections.items() for name, *_ in rows]
@@ -220,6 +236,13 @@ def quantize_rows() -> Iterator[Row]:
     for name, field in Quantize.model_fields.items():
         default = field.get_default(call_default_factory=True)
         yield name, scheme(default) if isinstance(default, Scheme) else text(default), ""
+
+
+def post_training_rows() -> Iterator[Row]:
+    ranges = {"alpha": "0 to 1", "beta": "0 to 1", "damping": "0 or more", "correction": "0 to 1"}
+    values = {"rounding": choices(ROUNDINGS), **ranges}
+    for name, field in PostTraining.model_fields.items():
+        yield name, text(field.default), values.get(name, "")
 
 
 def scheme_rows() -> Iterator[Row]:

@@ -102,6 +102,15 @@ def test_alpha_and_beta_of_zero_are_gptq() -> None:
         assert torch.equal(a.weight, b.weight)
 
 
+def test_a_correction_of_zero_is_gptq_and_any_other_is_not() -> None:
+    model, batches = models.residual(), models.tokens()
+    plain = rounded(model, batches, matching=False)
+    for correction, same in ((0.0, True), (0.25, False)):
+        partly = rounded(model, batches, rounding="gptaq", matching=False, correction=correction)
+        pairs = zip(handled(plain), handled(partly), strict=True)
+        assert all(torch.equal(a.weight, b.weight) for a, b in pairs) is same
+
+
 def test_without_refit_ranges_stay_what_they_were() -> None:
     model, batches = models.residual(), models.tokens()
     quantized = models.prepared(model)
@@ -177,9 +186,9 @@ def test_with_fewer_rows_than_inputs_nothing_is_touched() -> None:
     before = copy.deepcopy(quantized.state_dict())
     with pytest.raises(
         DataError,
-        match=r"layer3.0.conv2: fewer calibration rows than inputs; got 480 rows .*576 or more.*2 times",
+        match=r"layer2.0.conv2: fewer calibration rows than inputs; got 192 rows .*288 or more.*2 times",
     ):
-        post_train(quantized, model, models.images(3), alpha=1.0, beta=1.0)
+        post_train(quantized, model, [batch[:4] for batch in models.images(3)], alpha=1.0, beta=1.0)
     assert all(torch.equal(value, before[name]) for name, value in quantized.state_dict().items())
 
 
@@ -187,6 +196,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[BitsmithError], str]] = {
     "rounding": ({"rounding": "gtpq"}, SchemeError, "Did you mean gptq"),
     "alpha": ({"alpha": 1.5}, SchemeError, "alpha: .*1.5.*0 to 1"),
     "beta": ({"beta": -0.1}, SchemeError, "beta: .*0 to 1"),
+    "correction": ({"correction": 2.0}, SchemeError, "correction: .*0 to 1"),
     "damping": ({"damping": -1.0}, SchemeError, "damping: .*0 or more"),
 }
 

@@ -7,9 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from bitsmith.post_training.streams import patches, sums, token_weights
+from bitsmith.post_training.streams import FloatStream, patches, sums, token_weights
 from bitsmith.post_training.structure import Structure, Writer, structure_of
 from tests.post_training import models
+
+
+def sums_of(
+    group: Any, quantized: nn.Module, model: nn.Module, batches: Any, shape: Structure, **options: Any
+) -> Any:
+    memory = options.pop("memory", 0)
+    return sums(group, quantized, FloatStream(model, batches, shape, memory), batches, shape, **options)
 
 
 def structure(model: nn.Module, batch: Any) -> Structure:
@@ -37,12 +44,12 @@ def test_writers_are_found_with_the_norm_that_reads_the_sum() -> None:
     vit = structure(models.vit(), models.images()[0])
     assert vit.writers == {
         f"blocks.{i}.{name}": Writer(None, "layer")
-        for i in range(2)
+        for i in range(1)
         for name in ("attention.proj", "mlp.down")
     }
-    assert ("blocks.1.attention.query", "blocks.1.attention.key", "blocks.1.attention.value") in vit.groups
+    assert ("blocks.0.attention.query", "blocks.0.attention.key", "blocks.0.attention.value") in vit.groups
     resnet = structure(models.resnet(), models.images()[0])
-    assert resnet.writers == {f"layer{i}.0.conv2": Writer(f"layer{i}.0.bn2", None) for i in (1, 2, 3)}
+    assert resnet.writers == {f"layer{i}.0.conv2": Writer(f"layer{i}.0.bn2", None) for i in (1, 2)}
 
 
 def test_writers_and_shared_inputs_of_a_transformers_llama_are_found() -> None:
@@ -78,7 +85,7 @@ def test_an_addition_in_place_is_an_addition() -> None:
     quantized = models.prepared(model)
     shape = structure_of(quantized, model, batch)
     assert list(shape.writers) == ["second"]
-    (found, _) = sums(["second"], quantized, model, [batch], shape, held_out=0)["second"]
+    (found, _) = sums_of(["second"], quantized, model, [batch], shape, held_out=0)["second"]
     x_hat, here, there = quantized.first(batch).relu(), model.first(batch), quantized.first(batch)
     torch.testing.assert_close(found.residual, (x_hat.T @ (here - there)).double())
 
@@ -110,7 +117,7 @@ def test_sums_are_those_of_the_inputs_that_the_layer_really_multiplies() -> None
     model, batches = models.residual(), models.tokens()
     quantized = models.prepared(model, batches)
     shape = structure_of(quantized, model, batches[0])
-    found = sums(["blocks.0.gate", "blocks.0.up"], quantized, model, batches, shape, held_out=0)
+    found = sums_of(["blocks.0.gate", "blocks.0.up"], quantized, model, batches, shape, held_out=0)
     whole = torch.cat(batches)
     here = model.blocks[0].norm(model.embed(whole)).flatten(0, 1)
     there = quantized.blocks[0].norm(quantized.embed(whole))
@@ -139,7 +146,7 @@ def test_a_writers_sums_hold_the_error_of_the_stream_and_count_tokens_as_its_nor
 
     (x, r, total), (x_hat, r_hat, _) = by_hand(model), by_hand(quantized)
     for norm, t in ((False, torch.ones(len(x))), (True, 1 / total.square().mean(1))):
-        fit, _ = sums(["blocks.0.down"], quantized, model, batches, shape, norm=norm, held_out=0)[
+        fit, _ = sums_of(["blocks.0.down"], quantized, model, batches, shape, norm=norm, held_out=0)[
             "blocks.0.down"
         ]
         left = (t[:, None] * x_hat).T
@@ -154,7 +161,7 @@ def test_behind_a_batchnorm_the_stream_is_seen_through_it() -> None:
     quantized = models.prepared(model)
     shape = structure_of(quantized, model, batches[0])
     name = "layer1.0.conv2"
-    fit, _ = sums([name], quantized, model, batches[:1], shape, held_out=0)[name]
+    fit, _ = sums_of([name], quantized, model, batches[:1], shape, held_out=0)[name]
 
     def by_hand(m: Any) -> tuple[torch.Tensor, torch.Tensor]:
         r = m.relu(m.bn1(m.conv1(m.normalize(batches[0]))))
@@ -175,7 +182,7 @@ def test_an_earlier_layer_moves_the_cross_term_of_a_later_one_and_not_the_other_
     shape = structure_of(quantized, model, batches[0])
 
     def cross(name: str) -> torch.Tensor:
-        found = sums([name], quantized, model, batches, shape, held_out=0)[name][0].cross
+        found = sums_of([name], quantized, model, batches, shape, held_out=0)[name][0].cross
         assert found is not None
         return found
 
@@ -191,8 +198,8 @@ def test_every_fourth_batch_is_held_out() -> None:
     model, batches = models.residual(), models.tokens(9)
     quantized = models.prepared(model)
     shape = structure_of(quantized, model, batches[0])
-    fit, held = sums(["head"], quantized, model, batches, shape)["head"]
-    only = sums(["head"], quantized, model, [batches[3], batches[7]], shape, held_out=0)["head"][0]
+    fit, held = sums_of(["head"], quantized, model, batches, shape)["head"]
+    only = sums_of(["head"], quantized, model, [batches[3], batches[7]], shape, held_out=0)["head"][0]
     assert held is not None
     assert (fit.rows, held.rows) == (7 * 40, 2 * 40)
     torch.testing.assert_close(held.hessian, only.hessian)
@@ -248,7 +255,57 @@ def test_activations_are_kept_of_one_batch_alone(group: list[str]) -> None:
     for m in (model, quantized):
         for module in m.modules():
             module.register_forward_hook(note)
-    quantized.register_forward_pre_hook(count)  # the first of the two in each batch
-    sums(group, quantized, model, models.tokens(12), shape)
+    model.register_forward_pre_hook(count)  # the first of the two in each batch
+    sums_of(group, quantized, model, models.tokens(12), shape)
     assert len(made) > 100
     assert alive == [0] * 12
+
+
+class InPlace(nn.Module):
+    """A residual stream that is written to, and read again, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        z = self.second(y)
+        y.relu_()  # `second` has read it as it was
+        return z + y
+
+
+@pytest.mark.parametrize("make", [models.residual, InPlace], ids=["residual", "in place"])
+def test_what_is_kept_of_the_float_model_gives_the_same_sums(make: Any) -> None:
+    torch.manual_seed(0)
+    model, batches = make(), models.tokens(8)
+    quantized = models.prepared(model)
+    shape = structure_of(quantized, model, batches[0])
+    for memory in (2**28, 4 * sum(shape.bytes.values())):  # all groups at once; some of them
+        kept = FloatStream(model, batches, shape, memory)
+        for group in shape.groups:
+            one = sums(group, quantized, kept, batches, shape)
+            other = sums_of(group, quantized, model, batches, shape)
+            for name in group:
+                for a, b in zip(one[name], other[name], strict=True):
+                    assert torch.equal(a.cross, b.cross)
+                    assert a.energy == b.energy
+
+
+def test_one_forward_of_the_float_model_serves_as_many_groups_as_memory_holds() -> None:
+    model, batches = models.residual(), models.tokens(8)
+    quantized = models.prepared(model)
+    shape = structure_of(quantized, model, batches[0])
+    whole = 8 * sum(shape.bytes.values())
+    counts = {}
+    for memory in (0, whole // 2, whole):
+        started: list[int] = []
+        hook = model.register_forward_pre_hook(lambda *_, started=started: started.append(1))
+        stream = FloatStream(model, batches, shape, memory)
+        for group in shape.groups:
+            sums(group, quantized, stream, batches, shape)
+        hook.remove()
+        counts[memory] = len(started)
+    assert counts[0] == 8 * len(shape.groups)
+    assert counts[whole] == 8
+    assert 8 < counts[whole // 2] < counts[0]

@@ -9,7 +9,7 @@ and a start for training.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from bitsmith.post_training.output_matching import (
     relative_error,
 )
 from bitsmith.post_training.rounding import ROUNDINGS, Grid
-from bitsmith.post_training.streams import HELD_OUT, sums
+from bitsmith.post_training.streams import HELD_OUT, FloatStream, samples, sums
 from bitsmith.post_training.structure import Structure, structure_of
 from bitsmith.quantization.quantizer import Quantizer, check_calibrated
 from bitsmith.quantization.rows import observe_weight
@@ -67,6 +67,7 @@ def post_train(
     damping: float = 0.01,
     order: bool = True,
     refit: bool = True,
+    correction: float = 1.0,
     progress: Progress | None = None,
 ) -> list[LayerFacts]:
     """Round the weights of ``model``, prepared and calibrated, in place; see the module's docstring.
@@ -75,28 +76,28 @@ def post_train(
     gone through once for every group of layers. rounding: a name in rounding.ROUNDINGS. alpha, beta: None
     finds them on every fourth batch. norm: count tokens as the norm behind the addition does. damping: μ, a
     share of mean(diag H). order: columns of strong inputs first. refit: calibrate each range anew on the
-    weight that is to be rounded. progress: called with (facts, layers done, layers) after each layer.
+    weight that is to be rounded. correction: the share of P that gptaq takes. progress: called with (facts,
+    layers done, layers) after each layer.
 
     Layers that cannot be handled are left as they are, rounded to nearest by their quantizer, and come last
     in the list with the reason. Raises SiteError (not prepared, not calibrated, nothing to round),
     SchemeError (an option out of range; a weight whose grid moves with it), DataError (too few batches or
     rows).
     """
-    check_choice("rounding", rounding, tuple(ROUNDINGS))
-    for option, value in (("alpha", alpha), ("beta", beta)):
-        check_value(option, value, value is None or 0 <= value <= 1, "0 to 1, or None to find it")
-    check_value("damping", damping, damping >= 0, "0 or more")
+    check_options(rounding, alpha, beta, damping, correction)
     held = list(batches)
     held_out = HELD_OUT if matching and (alpha is None or beta is None) else 0
-    shape = _checked_structure(model, float_model, held, held_out)
+    shape = checked_structure(model, float_model, held, held_out)
     count = sum(map(len, shape.groups))
     two = matching or rounding in ("gptaq", "qronos")
+    stream = FloatStream(float_model, held, shape) if two else None
+    options = {"damping": damping, "order": order} | (
+        {"correction": correction} if rounding == "gptaq" else {}
+    )
     facts: list[LayerFacts] = []
     for group in shape.groups:
         start = time.perf_counter()
-        of = sums(
-            group, model, float_model if two else None, held, shape, norm=norm and matching, held_out=held_out
-        )
+        of = sums(group, model, stream, held, shape, norm=norm and matching, held_out=held_out)
         shared = (time.perf_counter() - start) / len(group)
         for name in group:
             start = time.perf_counter()
@@ -114,7 +115,6 @@ def post_train(
             before = relative_error(quantizer(layer.weight).flatten(1), weight, _with_energy(whole, weight))
             if refit:
                 quantizer.calibrate(*observe_weight(quantizer, target.view_as(layer.weight)))
-            options = {"damping": damping, "order": order}
             rounded = ROUNDINGS[rounding](
                 target, grid_of(quantizer, layer.weight), whole.hessian, cross, **options
             )
@@ -125,6 +125,17 @@ def post_train(
             if progress is not None:
                 progress(facts[-1], len(facts), count)
     return facts + [LayerFacts(name, left=reason) for name, reason in shape.left.items()]
+
+
+def check_options(
+    rounding: str, alpha: float | None, beta: float | None, damping: float, correction: float
+) -> None:
+    """Refuse what is out of range. Raises SchemeError."""
+    check_choice("rounding", rounding, tuple(ROUNDINGS))
+    for option, value in (("alpha", alpha), ("beta", beta)):
+        check_value(option, value, value is None or 0 <= value <= 1, "0 to 1, or None to find it")
+    check_value("damping", damping, damping >= 0, "0 or more")
+    check_value("correction", correction, 0 <= correction <= 1, "0 to 1")
 
 
 def _matched(
@@ -171,10 +182,13 @@ def grid_of(quantizer: Quantizer, weight: Tensor) -> Grid:
     return Grid(*(by_column(v) for v in (at.scale, at.low, at.high, at.half, at.zero_point)))
 
 
-def _checked_structure(
-    model: nn.Module, float_model: nn.Module, batches: list[Any], held_out: int
+def checked_structure(
+    model: nn.Module, float_model: nn.Module, batches: Sequence[Any], held_out: int = HELD_OUT
 ) -> Structure:
-    """The structure of the model, when all is there that rounding needs."""
+    """The structure of the model, when all is there that rounding needs: one forward of the first batch.
+
+    held_out: as many batches must be there. Raises as `post_train`.
+    """
     check_calibrated(model)
     if not batches:
         raise DataError("there is no batch to calibrate on", where="post_train")
@@ -193,7 +207,7 @@ def _checked_structure(
             expected=f"{held_out} or more: every {held_out}th decides alpha and beta",
             remedy="Split the calibration data into smaller batches, or pass alpha and beta",
         )
-    first, every = (sum(_samples(b) for b in some) for some in (batches[:1], batches))
+    first, every = (sum(samples(b) for b in some) for some in (batches[:1], batches))
     for name in shape.calls:
         layer: Any = model.get_submodule(name)
         _check_range(name, layer.weight_quantizer)
@@ -207,10 +221,6 @@ def _checked_structure(
                 remedy=f"Give about {-(-inputs // max(rows, 1))} times as much calibration data",
             )
     return shape
-
-
-def _samples(batch: Any) -> int:
-    return len(batch[0] if isinstance(batch, tuple) else batch)
 
 
 def _check_range(name: str, quantizer: Quantizer) -> None:

@@ -1,9 +1,10 @@
 """Two streams: the float model and the partly quantized one, over the same calibration batches.
 
-For the layers of one group the batches are run through both models, each only as far as that group, and what
-comes by is added to the sums of output_matching. So any module will do, and the memory is that of one batch:
-the price is a forward for each group, of half a model on average. Activations are what the layer multiplies
-with: inputs behind their quantizer, patches of a convolution.
+For the layers of one group the batches are run through both models, each only as far as that group, and
+what comes by is added to the sums of output_matching. So any module will do. The quantized model changes from
+group to group: it costs a forward for each, of half a model on average, and the memory of one batch. The
+float model does not: what it shows is kept for as many groups as `MEMORY` holds, and one forward serves them.
+Activations are what the layer multiplies with: inputs behind their quantizer, patches of a convolution.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from bitsmith.post_training.structure import Additions, Structure, Writer
 from bitsmith.quantization.layers import in_eval_mode
 
 HELD_OUT = 4  # every fourth batch
+MEMORY = 2**28  # bytes of the float stream that are kept: 256 MB
 
 
 class _Reached(Exception):
@@ -37,6 +39,15 @@ class Seen:
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
     outputs: dict[str, list[Tensor]] = field(default_factory=dict)
     additions: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    versions: list[tuple[Tensor, int]] = field(default_factory=list)  # as they were when they were seen
+
+    def note(self, *tensors: Tensor) -> None:
+        """Remember how often these were written to."""
+        self.versions += [(tensor, tensor._version) for tensor in tensors]
+
+    def overwritten(self) -> bool:
+        """Whether a layer further on did its work in place."""
+        return any(tensor._version != version for tensor, version in self.versions)
 
 
 def look(
@@ -60,6 +71,7 @@ def look(
 
     def added(name: str, other: Tensor, total: Tensor) -> None:
         seen.additions[name].append((other, total))
+        seen.note(other, total)
         check()
 
     additions = Additions(added)
@@ -70,7 +82,11 @@ def look(
             x = arguments[0]
             seen.inputs[name].append(x if quantizer is None else quantizer(x))
             seen.outputs[name].append(output)
+            seen.note(seen.inputs[name][-1], output)
         if name in sources:
+            if not watching:  # not from the start: it costs time at every operation
+                stack.enter_context(additions)
+                watching.append(True)
             additions.expect(sources[name], output)
         check()
 
@@ -81,14 +97,66 @@ def look(
         )
         for name in {*layers, *sources}
     ]
-    watching: Any = additions if sources else contextlib.nullcontext()
+    watching: list[bool] = []
     try:
-        with contextlib.suppress(_Reached), watching:
+        with contextlib.suppress(_Reached), contextlib.ExitStack() as stack:
             model(*(batch if isinstance(batch, tuple) else (batch,)))
     finally:
         for hook in hooks:
             hook.remove()
     return seen
+
+
+class FloatStream:
+    """What the float model shows of every batch, for several groups at once as ``memory`` (bytes) allows.
+
+    Nothing is kept where a single group takes more than the memory, or where the model changes in place what
+    it has shown.
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Any], shape: Structure, memory: int = MEMORY
+    ) -> None:
+        self.model, self.batches, self.shape, self.memory = model, batches, shape, memory
+        self.share = sum(map(samples, batches)) / max(samples(batches[0]), 1) if batches else 0.0
+        self.kept: dict[int, Seen] = {}  # by batch
+        self.layers: list[str] = []  # of which these are
+
+    def of(self, group: Sequence[str], index: int) -> Seen:
+        """What batch ``index`` shows of ``group``."""
+        if not set(group) <= set(self.layers):
+            self.kept = {}  # let go before others take its place
+            self.layers = self._ahead(group)
+        if index not in self.kept:
+            seen = self._look(self.layers, index)
+            if seen.overwritten():
+                self.memory, self.layers = 0, list(group)
+                seen = self._look(group, index)
+            if self._size(self.layers) > self.memory:
+                return seen
+            self.kept[index] = seen
+        return self.kept[index]
+
+    def _look(self, layers: Sequence[str], index: int) -> Seen:
+        return look(self.model, layers, self.shape.calls, self.shape.writers, self.batches[index])
+
+    def _ahead(self, group: Sequence[str]) -> list[str]:
+        """The layers of ``group``, and of the groups behind it that fit with it."""
+        start = self.shape.groups.index(tuple(group))
+        layers = list(group)
+        for after in self.shape.groups[start + 1 :]:
+            if self._size([*layers, *after]) > self.memory:
+                break
+            layers += after
+        return layers
+
+    def _size(self, layers: Sequence[str]) -> float:
+        return self.share * sum(self.shape.bytes[name] for name in layers)
+
+
+def samples(batch: Any) -> int:
+    """How many inputs a batch has."""
+    return len(batch[0] if isinstance(batch, tuple) else batch)
 
 
 def patches(layer: Any, x: Tensor) -> Tensor:
@@ -115,7 +183,7 @@ def rows_of(layer: Any, y: Tensor) -> Tensor:
 def sums(
     group: Sequence[str],
     model: nn.Module,
-    float_model: nn.Module | None,
+    stream: FloatStream | None,
     batches: Sequence[Any],
     shape: Structure,
     *,
@@ -123,15 +191,18 @@ def sums(
     held_out: int = HELD_OUT,
 ) -> dict[str, tuple[Moments, Moments | None]]:
     """(sums of the rows to fit, of those held out: every ``held_out``-th batch, 0: none) of the layers of one
-    group; they share H and C. Without a ``float_model`` only H. norm: see `token_weights`.
+    group; they share H and C. Without the float model's ``stream`` only H. norm: see `token_weights`.
     """
     totals: dict[str, list[Moments | None]] = {name: [None, None] for name in group}
     with in_eval_mode(model), contextlib.ExitStack() as stack:
-        if float_model is not None:
-            stack.enter_context(in_eval_mode(float_model))
+        if stream is not None:
+            stack.enter_context(in_eval_mode(stream.model))
         for index, batch in enumerate(batches):
             part = int(held_out > 0 and index % held_out == held_out - 1)
-            for name, found in _of_batch(group, model, float_model, batch, shape, norm).items():
+            here = None if stream is None else stream.of(group, index)
+            of_batch = _of_batch(group, model, here, batch, shape, norm)
+            del here  # before the next is there
+            for name, found in of_batch.items():
                 old = totals[name][part]
                 totals[name][part] = found if old is None else old + found
     done = {}
@@ -145,16 +216,15 @@ def sums(
 def _of_batch(
     group: Sequence[str],
     model: nn.Module,
-    float_model: nn.Module | None,
+    here: Seen | None,
     batch: Any,
     shape: Structure,
     norm: bool,
 ) -> dict[str, Moments]:
-    """The sums of one batch. H and C are computed once, of the first layer."""
+    """The sums of one batch, of which the float model showed ``here``. H and C are computed once, of the
+    first layer."""
     none: dict[str, Writer] = {}
-    both = float_model is not None
-    there = look(model, group, shape.calls, shape.writers if both else none, batch)
-    here = look(float_model, group, shape.calls, shape.writers, batch) if float_model is not None else None
+    there = look(model, group, shape.calls, none if here is None else shape.writers, batch)
     found: dict[str, Moments] = {}
     shared: Moments | None = None
     for name in group:

@@ -36,13 +36,14 @@ class Writer:
 
 @dataclass
 class Structure:
-    """groups: layers of one input, in the order of execution; calls and rows of one forward by layer;
-    left: layers that are not handled, and why."""
+    """groups: layers of one input, in the order of execution; of one forward, by layer: calls, rows and bytes
+    of all that `streams.look` may keep; left: layers that are not handled, and why."""
 
     groups: list[tuple[str, ...]] = field(default_factory=list)
     writers: dict[str, Writer] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
 
 
@@ -121,6 +122,8 @@ def structure_of(model: nn.Module, float_model: nn.Module, example: Any) -> Stru
                 groups.setdefault((number, *_signature(layers[name].input_quantizer)), []).append(name)
             shape.calls[name] = shape.calls.get(name, 0) + 1
             shape.rows[name] = shape.rows.get(name, 0) + _row_count(module, output)
+            kept = x.nbytes + 3 * output.nbytes  # with the other summand and the sum
+            shape.bytes[name] = shape.bytes.get(name, 0) + kept
             outputs[id(output)] = (name, weakref.ref(output))
             between.pop(name, None)
             additions.expect(name, output)

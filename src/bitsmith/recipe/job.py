@@ -30,7 +30,7 @@ from bitsmith.quantization import (
     prepare,
     reestimate_batchnorm,
 )
-from bitsmith.recipe import competition
+from bitsmith.recipe import competition, rounding
 from bitsmith.recipe.deliver import deliver
 from bitsmith.recipe.directory import load_stage, open_run, save_stage, stage_path
 from bitsmith.recipe.limits import search_options
@@ -94,7 +94,9 @@ def _run(
     start_values: Mapping[str, Tensor] | None,
 ) -> dict[str, Any]:
     # A wrong glob or an idle layer is found out now, and not when the float model is trained.
-    quantize(recipe, copy.deepcopy(model), data.limited(CHECK_SAMPLES))
+    trial = copy.deepcopy(model)
+    quantize(recipe, trial, data.limited(CHECK_SAMPLES))
+    rounding.check(recipe, trial, model, data)
 
     history: History = {}
     seconds: dict[str, float] = {}
@@ -105,6 +107,7 @@ def _run(
     started = time.perf_counter()
     coverage, methods = quantize(recipe, model, data)
     write_json(out / "coverage.json", coverage.to_dict())
+    rounding.round_weights(recipe, model, float_model, data, out, tell)
     search = competition.searcher(methods)
     if search is not None and start_values is not None:
         search.start_at(start_values)
@@ -278,7 +281,8 @@ def train_quantized(
     if found:
         model.load_state_dict(found[0])
     else:
-        reestimate_batchnorm(model, data.as_trained(REESTIMATION_SAMPLES, recipe.train.seed))
+        if recipe.train.epochs:  # else it is delivered as it was rounded
+            reestimate_batchnorm(model, data.as_trained(REESTIMATION_SAMPLES, recipe.train.seed))
         facts |= _validation(model, data)
         save_stage(out, stage, model.state_dict(), facts)
         stage_path(out, f"{stage}_training").unlink(missing_ok=True)

@@ -23,6 +23,8 @@ METHODS: dict[str, str] = {  # recipe key -> "file.Class" in bitsmith.methods
     "output_approximation": "output_approximation.OutputApproximation",
     "progressive_bits": "progressive_bits.ProgressiveBits",
 }
+# widths are not final when training begins
+UNDECIDED = ("budget_search", "fractional_bits", "progressive_bits")
 
 
 def method_class(name: str) -> Callable[..., Method]:

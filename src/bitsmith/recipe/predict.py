@@ -80,6 +80,8 @@ def _steps(data: Examples, config: TrainConfig | None) -> int:
 
 def _seconds(model: nn.Module, data: Examples, config: TrainConfig, **others: Any) -> float:
     """Predicted seconds of one training: median step times steps, and one validation an epoch."""
+    if config.epochs == 0:
+        return 0.0
     rows = min(len(data.train_x), STEPS * config.batch_size)
     trial = dataclasses.replace(config, epochs=-(-STEPS * config.batch_size // rows))
     ticks: list[float] = []

@@ -26,6 +26,7 @@ from pydantic import (
 from pydantic_core.core_schema import ValidationInfo
 
 from bitsmith.errors import BitsmithError, RecipeError
+from bitsmith.post_training.post_train import check_options
 from bitsmith.quantization.scheme import Scheme
 from bitsmith.train.config import TrainConfig
 
@@ -92,6 +93,30 @@ class Quantize(Section):
         return self
 
 
+class PostTraining(Section):
+    """How weights are rounded before training: the options of `post_training.post_train`, and its samples."""
+
+    rounding: str = "gptq"
+    matching: bool = True
+    alpha: float | None = None
+    beta: float | None = None
+    norm: bool = True
+    damping: float = 0.01
+    order: bool = True
+    refit: bool = True
+    correction: float = 1.0
+    samples: Annotated[int, Field(ge=1)] = 512
+
+    @model_validator(mode="after")
+    def _options_are_in_range(self) -> PostTraining:
+        check_options(self.rounding, self.alpha, self.beta, self.damping, self.correction)
+        return self
+
+    def options(self) -> dict[str, Any]:
+        """The keywords of `post_train`."""
+        return self.model_dump(exclude={"samples"})
+
+
 class Recipe(Section):
     """One job, from a float model to a verified low-bit one."""
 
@@ -100,6 +125,7 @@ class Recipe(Section):
     pretrained: str | None = None
     target: str = "native"
     quantize: Annotated[Quantize, Placed] = Quantize()
+    post_training: Annotated[PostTraining | None, Placed] = None
     plan: str | None = None
     methods: list[dict[str, dict[str, Any]]] = Field(default_factory=list)
     train: Annotated[TrainConfig, Placed] = TrainConfig()
@@ -115,6 +141,26 @@ class Recipe(Section):
                 got=f"[{', '.join(self.export)}]",
                 expected="[native] or []",
                 remedy="Write export: [native], or target: onnxruntime",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _without_epochs_nothing_is_learned(self) -> Recipe:
+        if self.float_train is not None and self.float_train.epochs == 0:
+            raise RecipeError(
+                "the float model has to be trained",
+                where="float.epochs",
+                got=0,
+                expected="1 or more",
+                remedy="Write float: {epochs: 10}, or give pretrained: its weights",
+            )
+        if self.train.epochs == 0 and self.methods:
+            raise RecipeError(
+                "a method works while the model trains",
+                where="train.epochs",
+                got=0,
+                expected=f"1 or more with {', '.join(name for entry in self.methods for name in entry)}",
+                remedy="Give it epochs, or write methods: []",
             )
         return self
 

@@ -17,6 +17,7 @@ from bitsmith.report import (
     outcome,
     page,
     record,
+    rounding,
     search,
     words,
 )
@@ -57,6 +58,7 @@ def render(run: Run) -> str:
             (language.figures(run),),
             (language.samples(run),),
             (outcome.layers(run),),
+            (rounding.card(rounding.read_rounding(run.directory / rounding.FILE)),),
             (search.savings(run),),
             (search.traces(run),),
             (fractional.card(run),),

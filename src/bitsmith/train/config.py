@@ -28,7 +28,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 # name -> (lowest, highest, whether both ends are allowed, as text)
 RANGES: dict[str, tuple[float, float, str]] = {
-    "epochs": (1, math.inf, "a whole number >= 1"),
+    "epochs": (0, math.inf, "a whole number >= 0"),
     "batch_size": (1, math.inf, "a whole number >= 1"),
     "accumulation": (1, math.inf, "a whole number >= 1"),
     "seed": (0, 2**63 - 1, "a whole number >= 0"),
