@@ -4,9 +4,12 @@
     python benchmarks/output_approximation.py --task resnet20 --parts b
     python benchmarks/output_approximation.py --table                        # what has been measured so far
 
+    a   while training: the term against self, teacher and blocks' outputs, against plain training of 200 steps
     b   closed form: rounding to nearest, GPTQ, GPTAQ, Qronos and output matching before nearest and GPTQ, on the same
         calibration samples and grids; divergence (KL) from the float model and loss on samples apart, processor time
     c   start of training: the byte model's validation loss along the same 400 steps from nearest, GPTQ and matching
+    d   widths: allocated by errors measured while training (once, again and again, greedily, by evolution), against
+        uniform widths and budget search, at equal average bits of weights, activations at 8; 200 steps
 
 A seed decides the calibration sample, and of the byte model the float model, too, which is kept beside the results.
 byte_llama: trained on pydoc, 128 windows of 128 bytes, tested on its test split. aidreams260k (in $BITSMITH_DATA): 64
@@ -32,8 +35,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitsmith.files import load_tensors, save_tensors
+from bitsmith.methods.budget_search import BudgetSearch
+from bitsmith.methods.output_approximation import OutputApproximation
 from bitsmith.post_training.post_train import post_train
-from bitsmith.quantization import Scheme, calibrate, prepare
+from bitsmith.quantization import (
+    Scheme,
+    calibrate,
+    measure,
+    plan_of,
+    prepare,
+    reestimate_batchnorm,
+    sites,
+)
 from bitsmith.quantization.layers import in_eval_mode
 from bitsmith.tasks import build, load
 from bitsmith.tasks.dataset import to_float
@@ -115,6 +128,7 @@ def byte_llama(unit: Unit, seed: int, beside: Path) -> tuple[nn.Module, Tensor, 
         train(model, data.train_x, data.train_y, config)
         save_tensors(path, dict(model.state_dict()), {"seed": str(seed)})
     rows = torch.cat([x for x, _ in data.drawn(128, seed)])
+    unit.train_x, unit.train_y = data.train_x, data.train_y  # type: ignore[attr-defined]
     return model, rows, data.test_x, data.test_y, 16
 
 
@@ -141,7 +155,8 @@ def written(model: Any, seed: int) -> Tensor:
 
 def resnet20(unit: Unit, seed: int, beside: Path) -> tuple[nn.Module, Tensor, Tensor, Tensor, int]:
     """The pretrained network, training images of this seed, and the first test images."""
-    train_x, _, test_x, test_y = _shared_data.load_arrays("cifar10")
+    train_x, train_y, test_x, test_y = _shared_data.load_arrays("cifar10")
+    unit.train_x, unit.train_y = train_x, train_y  # type: ignore[attr-defined]
     rows = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(seed))[:IMAGES]
     model = build("resnet20", weights=_shared_data.resnet_weights(20))
     return model, to_float(train_x[rows]), to_float(test_x[:TESTED]), test_y[:TESTED], 32
@@ -152,6 +167,137 @@ MAKERS: dict[str, Callable[..., tuple[nn.Module, Tensor, Tensor, Tensor, int]]] 
     "aidreams260k": aidreams260k,
     "resnet20": resnet20,
 }
+
+
+# ---- a: a term of the loss while training
+
+TERMS: dict[str, dict[str, Any] | None] = {  # name -> options of OutputApproximation
+    "plain": None,
+    "self": {},
+    "teacher": {"against": "teacher"},
+    "blocks": {"against": "teacher", "layers": "block"},
+    "blocks, 1": {"against": "teacher", "layers": "block", "strength": 1.0},
+    "teacher, cosine": {"against": "teacher", "loss": "cosine"},
+    "teacher, as it is": {"against": "teacher", "normalise": False},
+}
+TERM_POINTS = {"W3A8": (3, 8), "W2A8": (2, 8), "W3A3": (3, 3), "W2A2": (2, 2)}
+STEPS = 200
+
+
+def jobs_a(task: str) -> list[tuple[str, str]]:
+    """(term, point); aidreams260k has no text to train on."""
+    return [(term, point) for point in TERM_POINTS for term in TERMS] if task != "aidreams260k" else []
+
+
+def one_a(unit: Any, term: str, point: str) -> dict[str, Any]:
+    """STEPS of training with distillation, with the term or without it."""
+    weights, activations = TERM_POINTS[point]
+    model, options = copy.deepcopy(unit.model), TERMS[term]
+    prepare(model, Scheme(bits=weights, granularity="channel"), Scheme(bits=activations))
+    methods = [] if options is None else [OutputApproximation(**options)]
+    for method in methods:
+        method.attach(model)
+    calibrate(model, unit.batches)
+    return trained(unit, model, methods)
+
+
+def trained(unit: Any, model: nn.Module, methods: list[Any]) -> dict[str, Any]:
+    """STEPS of training, and how the model is judged then."""
+    size, rate = (16, 1e-3) if unit.task == "byte_llama" else (128, 2e-3)
+    order = torch.randperm(len(unit.train_x), generator=torch.Generator().manual_seed(unit.seed))
+    rows = order[: size * STEPS // 4]
+    config = TrainConfig(
+        epochs=4, batch_size=size, learning_rate=rate, gradient_clip=1.0, distillation=0.5, seed=unit.seed
+    )
+    started = time.process_time()
+    train(model, unit.train_x[rows], unit.train_y[rows], config, methods=methods, teacher=unit.model)
+    seconds = time.process_time() - started
+    if unit.task == "resnet20":
+        reestimate_batchnorm(model, [to_float(unit.train_x[rows[:2048]])])
+    return {**unit.judged(model), "seconds": seconds}
+
+
+def table_a(units: list[dict[str, Any]], task: str) -> None:
+    """Loss, and in pairs the gain over plain training."""
+    if not jobs_a(task):
+        return
+    print(f"\na, {task}: test loss; below, plain training's minus it, in pairs")
+    print(f"{'':<20}" + "".join(f"{point:>22}" for point in TERM_POINTS))
+    for term in TERMS:
+        cells = [cell(measured(units, "a", term, point, "loss")) for point in TERM_POINTS]
+        print(f"{term:<20}" + "".join(f"{one:>22}" for one in cells))
+    for term in list(TERMS)[1:]:
+        cells = [cell(gains(units, "a", term, "plain", point)) for point in TERM_POINTS]
+        print(f"{term:<20}" + "".join(f"{one:>22}" for one in cells))
+
+
+def gains(units: list[dict[str, Any]], part: str, contender: str, base: str, point: str) -> list[float]:
+    """By how much the loss of a contender is below a baseline's, in the units that have both."""
+    found = []
+    for unit in units:
+        own, other = (unit["points"].get(f"{part} {name} {point}") for name in (contender, base))
+        if own and other:
+            found.append(other["loss"] - own["loss"])
+    return found
+
+
+# ---- d: widths
+
+ALLOCATIONS: dict[str, dict[str, Any] | None] = {  # name -> options of OutputApproximation
+    "uniform": None,
+    "search": None,
+    "exact": {},
+    "exact, again": {"every": 0.1},
+    "greedy": {"allocation": "greedy"},
+    "evolutionary": {"allocation": "evolutionary"},
+}
+AVERAGES = {"3.0": 3.0, "2.5": 2.5}
+
+
+def jobs_d(task: str) -> list[tuple[str, str]]:
+    """(contender, average bits); there is no uniform plan of 2.5."""
+    jobs = [(name, point) for point in AVERAGES for name in ALLOCATIONS]
+    return [job for job in jobs if job != ("uniform", "2.5")] if task != "aidreams260k" else []
+
+
+def one_d(unit: Any, name: str, point: str) -> dict[str, Any]:
+    """STEPS of training, the widths of the weights decided on the way."""
+    model, options = copy.deepcopy(unit.model), ALLOCATIONS[name]
+    uniform = name == "uniform"
+    overrides = {"*.input": {"bits": 8}, "*.left": {"bits": 8}, "*.right": {"bits": 8}}
+    overrides = {k: v for k, v in overrides.items() if k == "*.input" or unit.task == "byte_llama"}
+    prepare(
+        model, Scheme(bits=3 if uniform else 8, granularity="channel"), Scheme(bits=8), overrides=overrides
+    )
+    # the average over weights that are not pinned to 8 bits is asked for, so that uniform 3 bits meet it
+    cost = measure(model, unit.batches[0][:1])
+    free = [name for name, q in sites(model).items() if q.kind == "weight"][1:-1]
+    plan = dict(cost.present) | dict.fromkeys(free, AVERAGES[point])
+    budget = {"average_weight_bits": cost.average_bits(plan, "weight")}
+    methods: list[Any] = []
+    if name == "search":
+        methods = [BudgetSearch(budget, unit.batches[0][:1], candidates=(2, 3, 4, 6, 8), seed=unit.seed)]
+    elif options is not None:
+        methods = [
+            OutputApproximation(unit.batches[0][:1], strength=0.0, budget=budget, seed=unit.seed, **options)
+        ]
+    for method in methods:
+        method.attach(model)
+    calibrate(model, unit.batches)
+    found = trained(unit, model, methods)
+    average = measure(model, unit.batches[0][:1]).average_bits(plan_of(model).bits, "weight")
+    return {**found, "average": average, "target": budget["average_weight_bits"]}
+
+
+def table_d(units: list[dict[str, Any]], task: str) -> None:
+    """Loss by contender and average."""
+    if not jobs_d(task):
+        return
+    print(f"\nd, {task}: test loss at an average of so many bits a weight")
+    print(f"{'':<20}" + "".join(f"{point:>22}" for point in AVERAGES))
+    for name in ALLOCATIONS:
+        cells = [cell(measured(units, "d", name, point, "loss")) for point in AVERAGES]
+        print(f"{name:<20}" + "".join(f"{one:>22}" for one in cells))
 
 
 # ---- b: without training
@@ -260,8 +406,10 @@ def reached(losses: dict[str, float], goal: float) -> float:
 # ---- all parts
 
 PARTS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {  # jobs, one, table
+    "a": (jobs_a, one_a, table_a),
     "b": (jobs_b, one_b, table_b),
     "c": (jobs_c, one_c, table_c),
+    "d": (jobs_d, one_d, table_d),
 }
 
 
