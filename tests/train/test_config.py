@@ -41,7 +41,7 @@ def test_a_misspelt_optimizer_is_told_the_nearest() -> None:
 
 
 def test_a_whole_number_setting_refuses_fractions() -> None:
-    with pytest.raises(RecipeError, match="a whole number >= 1"):
+    with pytest.raises(RecipeError, match="a whole number >= 0"):
         TrainConfig(epochs=1.5)  # type: ignore[arg-type]
 
 
