@@ -10,7 +10,7 @@ from bitsmith.cli.main import main
 from bitsmith.errors import DataError, RecipeError
 from bitsmith.export import load as load_model
 from bitsmith.recipe import load_recipe, run
-from bitsmith.recipe.directory import load_stage
+from bitsmith.recipe.directory import dump, load_stage
 from bitsmith.recipe.reopen import ask_run, evaluate_run
 from bitsmith.tasks import build, load
 from bitsmith.tasks.questions import read_questions
@@ -138,12 +138,11 @@ def test_what_cannot_be_asked_is_one_line(
 
 
 def test_a_run_of_images_is_refused(sums: Path, tmp_path: Path) -> None:
-    settings = ("train.epochs=1", "train.batch_size=640", "float.epochs=1", "export=[native]")
-    run(load_recipe(None, settings), tmp_path / "digits")
+    (tmp_path / "recipe.yaml").write_text(dump(load_recipe(None)))
     with pytest.raises(
         RecipeError, match=r"--questions: only language models answer questions; got a run on images"
     ):
-        ask_run(tmp_path / "digits", sums)
+        ask_run(tmp_path, sums)
 
 
 HUB = {
