@@ -114,7 +114,7 @@ def test_groups_start_where_their_channels_are_sensitive() -> None:
     search.start_at(values)
     p = search.widths["2.weight"].probabilities()
     assert p[0, 0] < 0.2
-    assert p.max(1).values.tolist() == pytest.approx([0.75] * 2, abs=0.03)
+    assert p.max(1).values.tolist() == pytest.approx([0.9] * 2, abs=0.03)
     search.start_at({name: -score for name, score in sums.items()})  # of whole tensors: an even share each
 
 

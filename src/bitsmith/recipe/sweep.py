@@ -230,7 +230,7 @@ def _result(
         "target": recipe.target,
         "seed": recipe.train.seed,
         "test_images": data.test_y.numel(),  # or tokens: what an accuracy is a share of
-        **({"unit": "tokens"} if data.unit != "images" else {}),
+        **({"counted": "tokens"} if data.unit != "images" else {}),
         "kind": point.kind,
         "unit": point.cost.tables[point.kind].unit if point.kind in point.cost.tables else None,
         "float": {"accuracy": metrics["float"]["accuracy"], "used": _float_cost(point)},

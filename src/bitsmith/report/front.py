@@ -100,9 +100,9 @@ def noise(found: Mapping[str, Any]) -> str:
     """How far apart two accuracies must be to mean something, in words."""
     best = max(point["searched"]["accuracy"] for point in found["points"])
     error = math.sqrt(best * (1 - best) / found["test_images"])
-    unit = found.get("unit", "images")
+    counted = found.get("counted", "images")
     return (
-        f"Accuracies are of {found['test_images']:,} test {unit}: one standard error is "
+        f"Accuracies are of {found['test_images']:,} test {counted}: one standard error is "
         f"{100 * error:.1f} points, and smaller differences mean nothing by themselves."
     )
 
