@@ -15,7 +15,7 @@ A seed decides the calibration sample, and of the byte model the float model, to
 byte_llama: trained on pydoc, 128 windows of 128 bytes, tested on its test split. aidreams260k (in $BITSMITH_DATA): 64
 sequences that the float model writes at temperature 1, tested on 64 others. resnet20 (CIFAR-10, weights as they
 circulate): 256 training images, tested on 2,000 test images. First and last layers have 8 bits. GPTAQ's authors take a
-quarter of its correction (alpha=0.25 throughout their code), their paper all of it: both run, and the table shows the
+quarter of its correction (alpha=0.25 in their code), their paper all of it: both run, and the table shows the
 better one, by the figure that is shown.
 """
 

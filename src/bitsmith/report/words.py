@@ -165,8 +165,10 @@ def change(run: Run, stage: str, since: str = "float") -> str:
 
 
 def perplexity(value: float | None) -> str:
-    """Three or four digits: 3.61, 27.4, 1.2e+05."""
-    return DASH if value is None else f"{value:.3g}" if value < 1e5 else f"{value:.1e}"
+    """At least three digits: 3.60, 27.4, 12345, 1.2e+05."""
+    if value is None:
+        return DASH
+    return f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:.0f}" if value < 1e5 else f"{value:.1e}"
 
 
 def headline(run: Run) -> tuple[str, str]:
