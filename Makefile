@@ -53,7 +53,7 @@ docs: $(READY)   ## rewrite the generated pages
 picture: $(READY)  ## docs/images/report.png anew, from a default run; needs Chromium
 	$(BIN)/python docs/picture.py
 
-bench: $(READY)  ## one benchmark: make bench NAME=accuracy|budget_search|cifar10|overhead|search_step
+bench: $(READY)  ## one benchmark: make bench NAME=accuracy|budget_search|cifar10|fractional|output_approximation|overhead|search_step
 	$(BIN)/python benchmarks/$(NAME).py $(ARGS)
 
 clean:           ## remove .venv and caches (runs/ stays)
