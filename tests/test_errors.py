@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 import bitsmith.errors as errors
-from bitsmith.errors import BitsmithError, MissingExtra, SchemeError, listing, nearest
+from bitsmith.errors import BitsmithError, MissingExtra, SchemeError, SiteError, listing, matching, nearest
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, BitsmithError)]
 WORK_FAILED = {"RunError": 1, "TrainingDiverged": 1, "ExportMismatch": 1, "Interrupted": 130}
@@ -75,3 +75,14 @@ def test_nearest_names_come_best_first_and_never_from_afar() -> None:
 
 def test_a_list_of_choices_reads_as_a_sentence() -> None:
     assert [listing(["a"]), listing("ab"), listing("abc")] == ["a", "a or b", "a, b or c"]
+
+
+def test_globs_keep_the_order_of_the_names() -> None:
+    assert matching("m.sites", ["fc*", "c*"], ["conv1", "fc", "head"], "site") == ["conv1", "fc"]
+
+
+def test_a_glob_that_matches_nothing_names_the_nearest() -> None:
+    with pytest.raises(SiteError, match="matches no layer") as caught:
+        matching("m.layers", ["conv1", "fx"], ["conv1", "fc", "head"], "layer")
+    assert caught.value.where == "m.layers: fx"
+    assert "fc" in caught.value.remedy

@@ -22,6 +22,7 @@ work failed.
 from __future__ import annotations
 
 import difflib
+import fnmatch
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -154,3 +155,20 @@ def check_value(where: str, value: Any, holds: bool, expected: str) -> None:
     """Raise SchemeError unless ``holds``; ``expected`` says of what kind a good value is."""
     if not holds:
         raise SchemeError("this value is out of range", where=where, got=value, expected=expected)
+
+
+def matching(where: str, patterns: Sequence[str], names: Iterable[str], what: str) -> list[str]:
+    """The names that match one of the globs, in their order; SiteError for a glob that matches none.
+
+    ``what`` is a name in words: "site", "Linear layer".
+    """
+    names = list(names)
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            close = nearest(pattern, names) or names[:3]
+            raise SiteError(
+                f"this pattern matches no {what}",
+                where=f"{where}: {pattern}",
+                remedy=f"The nearest are {', '.join(close)}",
+            )
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]

@@ -26,7 +26,6 @@ paper's closed form is one for after training, and no part of this.
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -34,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitsmith.errors import SchemeError, SiteError, check_choice, check_value, nearest
+from bitsmith.errors import SchemeError, check_choice, check_value, matching
 from bitsmith.methods.method import Method, is_number
 from bitsmith.numerics.output_error import LOSSES
 from bitsmith.quantization import Plan
@@ -184,16 +183,9 @@ class OutputApproximation(Method):
         """The outputs that count."""
         every = bool(self.wanted)
         found = layer_outputs(model) if self.layers == "linear" else block_outputs(model, every)
-        for pattern in self.wanted or ():
-            if not fnmatch.filter(found, pattern):
-                close = nearest(pattern, found) or list(found)[:3]
-                raise SiteError(
-                    "this pattern matches no output",
-                    where=f"output_approximation.sites: {pattern}",
-                    remedy=f"The nearest are {', '.join(close)}",
-                )
-        wanted = self.wanted or ("*",)
-        return [output for name, output in found.items() if any(fnmatch.fnmatch(name, w) for w in wanted)]
+        if not self.wanted:
+            return list(found.values())
+        return [found[n] for n in matching("output_approximation.sites", self.wanted, found, "output")]
 
     # Hooks are functions, not methods: a copy of the model would copy a method's object with it.
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from bitsmith.errors import SchemeError, SiteError, TargetError, listing, nearest
+from bitsmith.errors import SchemeError, SiteError, TargetError, listing, matching
 from bitsmith.quantization.channel_groups import even_sizes
 from bitsmith.quantization.quantizer import Quantizer, sites
 from bitsmith.quantization.scheme import FLOAT
@@ -23,19 +22,9 @@ def free_sites(model: nn.Module, wanted: Sequence[str] | None, where: str) -> li
     free.
     """
     quantizers = sites(model)
-    for pattern in wanted or ():
-        if not fnmatch.filter(quantizers, pattern):
-            close = nearest(pattern, quantizers) or list(quantizers)[:3]
-            raise SiteError(
-                "this pattern matches no site",
-                where=f"{where}.sites: {pattern}",
-                remedy=f"The nearest sites are {', '.join(close)}",
-            )
-    free = [
-        name
-        for name, q in quantizers.items()
-        if (any(fnmatch.fnmatch(name, pattern) for pattern in wanted) if wanted else not q.pinned)
-    ]
+    free = [name for name, q in quantizers.items() if not q.pinned]
+    if wanted:
+        free = matching(f"{where}.sites", wanted, quantizers, "site")
     if not free:
         raise SiteError(
             "there is no site whose width is free",

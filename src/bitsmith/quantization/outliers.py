@@ -15,7 +15,6 @@ of the layer, dearer in bit operations than the layer itself at 4 bits.
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitsmith.errors import SiteError, check_value, nearest
+from bitsmith.errors import check_value, matching
 from bitsmith.quantization.layers import in_eval_mode
 
 
@@ -79,19 +78,8 @@ def split_outliers(
     check_value("split_outliers.above", above, above >= 1, "a ratio of at least 1")
     uses = Counter(id(m.weight) for m in model.modules() if isinstance(getattr(m, "weight", None), Tensor))
     found = {name: m for name, m in model.named_modules() if type(m) is nn.Linear and name}
-    for pattern in layers or ():
-        if not fnmatch.filter(found, pattern):
-            close = nearest(pattern, found) or list(found)[:3]
-            raise SiteError(
-                "this pattern matches no Linear layer",
-                where=f"split_outliers.layers: {pattern}",
-                remedy=f"The nearest are {', '.join(close)}",
-            )
-    wanted = {
-        name: layer
-        for name, layer in found.items()
-        if uses[id(layer.weight)] == 1 and any(fnmatch.fnmatch(name, g) for g in layers or ("*",))
-    }
+    named = matching("split_outliers.layers", layers, found, "Linear layer") if layers else list(found)
+    wanted = {name: found[name] for name in named if uses[id(found[name].weight)] == 1}
     split = {}
     for name, largest in _largest(model, wanted, batches).items():
         most = max(1, math.floor(share * len(largest)))
