@@ -77,7 +77,7 @@ def test_bits_are_shared_out_over_the_bytes_that_tokens_stand_for() -> None:
         vocab_size = 4
 
         def encode(self, text: str) -> list[int]:
-            raise NotImplementedError
+            raise AssertionError("bytes are counted by decoding alone")
 
         def decode(self, tokens) -> str:
             return "".join("abcd"[token] * 2 for token in tokens)
