@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from bitsmith.errors import SiteError
 from bitsmith.numerics.output_error import output_error
 from bitsmith.quantization import Scheme, calibrate, prepare
+from bitsmith.quantization.layers import QuantTransposedLinear
 from bitsmith.quantization.site_terms import (
     approximate,
     block_outputs,
@@ -144,3 +145,30 @@ def test_an_output_that_comes_twice_is_refused() -> None:
     watch(teacher, outputs, [None] * len(outputs))
     with pytest.raises(SiteError, match="several times"):
         teacher(torch.rand(2, 4))
+
+
+class Transposed(nn.Module):
+    """x @ W + b with W (in, out)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [(nn.Embedding(9, 4), torch.tensor([[0, 3], [8, 3]])), (Transposed(), X), (nn.Linear(6, 4), X)],
+    ids=["embedding", "transposed", "linear"],
+)
+def test_the_float_output_is_that_of_the_layer_that_was_prepared(layer: nn.Module, x: Tensor) -> None:
+    net = nn.Sequential(layer)
+    expected = layer(x).detach()
+    swaps = {Transposed: QuantTransposedLinear}
+    prepare(net, Scheme(bits=2, granularity="channel"), None, first_last_bits=None, swaps=swaps)
+    y = float_output(net[0], x)
+    assert torch.equal(y.detach(), expected)
+    y.sum().backward()
+    assert net[0].weight.grad.abs().sum() > 0

@@ -23,7 +23,7 @@ from torch.autograd import Function
 
 from bitsmith.errors import SiteError
 from bitsmith.numerics.output_error import output_error_gradient
-from bitsmith.quantization.layers import SWAPS_BY_QUANT
+from bitsmith.quantization.layers import SWAPS_BY_QUANT, QuantEmbedding, weight_of
 
 
 def approximate(
@@ -65,13 +65,15 @@ class _Approximated(Function):
 
 
 def float_output(layer: Any, x: Tensor) -> Tensor:
-    """What a quantized Linear or convolution would return for ``x`` in float, as a function of its weight
+    """What a quantized layer with a weight would return for ``x`` in float, as a function of its weight
     alone."""
+    x, weight = x.detach(), weight_of(layer)
+    if isinstance(layer, QuantEmbedding):
+        return layer._rows(x, weight)
     bias = None if layer.bias is None else layer.bias.detach()
-    if isinstance(layer, nn.Linear):
-        return F.linear(x.detach(), layer.weight, bias)
-    output: Tensor = layer._conv_forward(x.detach(), layer.weight, bias)
-    return output
+    if isinstance(layer, nn.Conv1d | nn.Conv2d):
+        return layer._conv_forward(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 def float_copy(model: nn.Module) -> nn.Module:
