@@ -4,8 +4,8 @@
     SAM   (2010.01412):  g = g_2,              g_2 at theta + e
     SAGM  (2303.10353):  g = (g_1 + g_2) / 2,  g_2 at theta + e - alpha g_1
 
-g_1 is the gradient of the task's first pass, with which BatchNorm statistics move; the second pass leaves them
-alone. Every parameter has afterwards the bits that it had before. The radius is
+g_1 is the gradient of the task's first pass, with which BatchNorm statistics move; the second pass leaves
+them alone. Every parameter has afterwards the bits that it had before. The radius is
 
     relative      e_l = rho |theta_l| g_l / |g_l| for each tensor l, of learned scales: rho of each scale
     absolute      e = rho g / |g|, norms over all tensors
@@ -56,11 +56,11 @@ CHOICES = {
 class Sharpness(Method):
     """Trains towards flat minima by a second pass at perturbed weights and scales.
 
-    radius: rho, relative to each tensor or, with ``relative: false``, of all together. kind: sam or sagm, with
-    its alpha. schedule: of rho: constant, cosine (to 0) or warm_up (over the first tenth). every: steps from
-    one second pass to the next. between: what the others do: plain steps, or reuse of the last direction that
-    a second pass added (LookSAM). freeze: which scales the task leaves alone, by the disorder of its gradient
-    in the last ``disorder_window`` steps: those below the ``disorder_threshold`` (ordered), above it
+    radius: rho, relative to each tensor or, with ``relative: false``, of all together. kind: sam or sagm,
+    with its alpha. schedule: of rho: constant, cosine (to 0) or warm_up (over the first tenth). every: steps
+    from one second pass to the next. between: what the others do: plain steps, or reuse of the last direction
+    that a second pass added (LookSAM). freeze: which scales the task leaves alone, by the disorder of its
+    gradient in the last ``disorder_window`` steps: those below the ``disorder_threshold`` (ordered), above it
     (disordered), or none. unfreeze: whether a frozen one may come free again.
 
     Raises SchemeError for options out of range or that contradict one another, SiteError where scales shall
@@ -74,6 +74,7 @@ class Sharpness(Method):
     count: Tensor
     previous: Tensor
     flips: Tensor
+    disorder: Tensor
     frozen: Tensor
     channels: Tensor
     quantizer: Tensor
@@ -140,7 +141,7 @@ class Sharpness(Method):
         self._gather()
         if self.freeze is not None:
             self._watch()
-        moved = [p for p in self._perturbed if p.grad is not None]
+        moved: list[Tensor] = [p for p in self._perturbed if p.grad is not None]
         if self._step % self.every == 0 and self._rho > 0 and moved:
             self._second_pass(closure, moved)
         else:
@@ -170,13 +171,13 @@ class Sharpness(Method):
 
     # ---- the second pass
 
-    def _second_pass(self, closure: Closure, moved: list[nn.Parameter]) -> None:
+    def _second_pass(self, closure: Closure, moved: list[Tensor]) -> None:
         g_1 = [_gradient(p) for p in moved]
-        kept = [(p, p.grad) for p in self._widths]
+        kept = [p.grad for p in self._widths]
         e = torch._foreach_mul(g_1, self._factors(moved, g_1))
         before = [p.detach().clone() for p in moved]
-        for p in self.models[0].parameters():  # of which a closure that fills with zeros would clear g_1
-            p.grad = None
+        for parameter in self.models[0].parameters():  # a closure that fills with zeros would clear g_1
+            parameter.grad = None
         try:
             torch._foreach_add_(moved, e)
             with torch.enable_grad():
@@ -184,35 +185,34 @@ class Sharpness(Method):
             self._has_passed = True
         finally:
             torch._foreach_copy_(moved, before)  # adding -e would not give the same bits
-        for p, gradient in kept:
-            p.grad = gradient
+        for width, own in zip(self._widths, kept, strict=True):
+            width.grad = own
         g_2 = [g if p.grad is None else p.grad for p, g in zip(moved, g_1, strict=True)]
         if self.kind == "sagm":
-            g_2 = torch._foreach_lerp(g_1, g_2, [0.5 + 0.5 * self._is_frozen(p) for p in moved])
+            g_2 = list(torch._foreach_lerp(g_1, g_2, [0.5 + 0.5 * self._is_frozen(p) for p in moved]))
         for p, gradient in zip(moved, g_2, strict=True):
             p.grad = gradient
         if self.reuses:
             self._remember(dict(zip(moved, g_1, strict=True)))
 
-    def _factors(self, moved: list[nn.Parameter], g: list[Tensor]) -> list[Tensor]:
+    def _factors(self, moved: list[Tensor], g: list[Tensor]) -> list[Tensor]:
         """e / g of each tensor, 0-D."""
-        norms = torch._foreach_norm(g)
+        norms = torch.stack(torch._foreach_norm(g))
         if not self.relative:
-            factor = self.radius / (torch.stack(norms).norm() + TINY) - self.alpha
-            return [factor] * len(g)
-        sizes = torch._foreach_norm(moved)
-        # A range is the logarithm of its scales: rho of each of C scales is rho / ln 2 of each of C exponents.
+            return [self.radius / (norms.norm() + TINY) - self.alpha] * len(g)
+        sizes: list[Tensor] = list(torch._foreach_norm(moved))
+        # A range is the logarithm of its C scales: rho of each scale is rho / ln 2 of each exponent.
         scales = [self._scales.get(id(p)) for p in moved]
         sizes = [n if c is None else n.new_full((), c) for n, c in zip(sizes, scales, strict=True)]
-        torch._foreach_add_(norms, TINY)
-        factors = torch._foreach_mul(torch._foreach_div(sizes, norms), self.radius)
-        return list(torch._foreach_sub(factors, self.alpha)) if self.alpha else list(factors)
+        ratios = torch.stack(sizes) / (norms + TINY)
+        return list((self.radius * ratios - self.alpha).unbind())
 
     # ---- between second passes
 
-    def _remember(self, g_1: Mapping[nn.Parameter, Tensor]) -> None:
+    def _remember(self, g_1: Mapping[Tensor, Tensor]) -> None:
         """What the second pass added across g_1:  g_v = g - (<g, g_1> / |g_1|^2) g_1."""
-        moved = [p for p in self._directions if p in g_1]
+        if not (moved := [p for p in self._directions if p in g_1]):
+            return
         g, plain = [_gradient(p) for p in moved], [g_1[p] for p in moved]
         along = torch.stack([product.sum() for product in torch._foreach_mul(g, plain)])
         squares = torch.stack(torch._foreach_norm(plain)).square()
@@ -221,22 +221,22 @@ class Sharpness(Method):
         parts = torch._foreach_mul(plain, list((along / (squares + TINY**2)).unbind()))
         torch._foreach_copy_([self._direction(p) for p in moved], torch._foreach_sub(g, parts))
 
-    def _without(self, moved: list[nn.Parameter]) -> None:
+    def _without(self, moved: list[Tensor]) -> None:
         """A step without a second pass:  g = g_1 + 0.7 (|g_1| / |g_v|) g_v, or g_1."""
         if self.freeze is not None:
             for p in self._ranges:
                 if p.grad is not None and self._is_frozen(p):
                     p.grad.zero_()
-        if not (self.reuses and self._has_passed):
-            return
         moved = [p for p in moved if p in self._directions]
+        if not (self.reuses and self._has_passed and moved):
+            return
         g, v = [_gradient(p) for p in moved], [self._direction(p) for p in moved]
         sizes, lengths = torch.stack(torch._foreach_norm(g)), torch.stack(torch._foreach_norm(v))
         if not self.relative:
             sizes, lengths = sizes.norm().expand_as(sizes), lengths.norm().expand_as(lengths)
         torch._foreach_add_(g, torch._foreach_mul(v, list((REUSE * sizes / (lengths + TINY)).unbind())))
 
-    def _direction(self, parameter: nn.Parameter) -> Tensor:
+    def _direction(self, parameter: Tensor) -> Tensor:
         direction: Tensor = getattr(self, f"direction_{self._directions[parameter]}")
         return direction
 
@@ -280,13 +280,15 @@ class Sharpness(Method):
         named = dict(self.models[0].named_parameters())
         self._widths = [p for name, p in named.items() if id(p) in widths or name.endswith("logits")]
         widths |= {id(p) for p in self._widths}
-        self._perturbed = [p for p in named.values() if id(p) not in widths]
-        self._directions = {p: i for i, p in enumerate(p for p in named.values() if id(p) not in own)}
+        self._perturbed: list[Tensor] = [p for p in named.values() if id(p) not in widths]
+        self._directions: dict[Tensor, int] = {
+            p: i for i, p in enumerate(p for p in named.values() if id(p) not in own)
+        }
         self._ranges = [q.range for q in self._learned().values()]
         self._index = {id(p): i for i, p in enumerate(self._ranges)}
         self._scales = {id(p): math.sqrt(p.shape[1]) / math.log(2) for p in self._ranges}
 
-    def _is_frozen(self, parameter: nn.Parameter) -> float:
+    def _is_frozen(self, parameter: Tensor) -> float:
         """1 or 0."""
         index = self._index.get(id(parameter))
         return 0.0 if index is None or not self._frozen else self._frozen[index]
@@ -302,7 +304,7 @@ class Sharpness(Method):
         self._restore()
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
+def _gradient(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad
 

@@ -3,7 +3,7 @@
     forward with Q(W), task loss, update of W;    then, for  L_reg = lambda |A - W|^2,
 
     pull weights   W <- W + kappa (A - W)
-    pull anchor    A <- A + kappa (W - A)                     kappa = 2 eta lambda, the share of the gap closed
+    pull anchor    A <- A + kappa (W - A)                     kappa = 2 eta lambda, share of the gap closed
     requantize     W <- Q(A)                                  before the next batch, where asked for
 
 W are the model's own weights, so that every quantizer serves and what is trained is what ships; the anchors A
@@ -51,8 +51,8 @@ CHOICES = {
 class WeightAnchor(Method):
     """Pulls quantized weights and their full-precision anchors together.
 
-    strength: kappa, 0 to 1. schedule: its factor over the steps: constant, linear (rises over the first fifth)
-    or late (0, then rises over the last fifth). pull: what moves, the anchor, the weights or both.
+    strength: kappa, 0 to 1. schedule: its factor over the steps: constant, linear (rises over the first
+    fifth) or late (0, then rises over the last fifth). pull: what moves, the anchor, the weights or both.
     anchor_strength: kappa of the anchor, where it is not that of the weights: small, it is a slow average.
     requantize: W = Q(A) after every step. layers: globs of the layers that have an anchor, or a mapping of
     globs to their strengths, the last match wins, the others have ``strength``; by default all.
@@ -126,21 +126,23 @@ class WeightAnchor(Method):
             shape = weight if scheme.group_size is None else to_groups(weight, scheme.group_size, True)
             self.register_buffer(f"codes_{i}", torch.zeros(shape.shape, dtype=torch.int8))
         self.register_buffer("looked", torch.zeros(len(self.layers)))
-        self._has_looked = [False] * len(self.layers)
+        self._has_looked, self._has_counted = [False] * len(self.layers), False
 
     def optimizer_made(self, optimizer: Optimizer) -> None:
         """Make the anchors' own like it, where they have one."""
         if self.how == "plain":
             return
-        groups = []
-        self.copied: list[dict[str, Any]] = []  # the model's group behind each of ours
-        for group in optimizer.param_groups:
+        groups: list[dict[str, Any]] = []
+        self.main = optimizer
+        self.copied: list[int] = []  # which of its groups is behind each of ours
+        for index, group in enumerate(optimizer.param_groups):
             members = {id(parameter) for parameter in group["params"]}
             anchors = [self._anchor(i) for i, layer in enumerate(self.layers) if id(layer.weight) in members]
             if anchors:
-                self.copied.append(group)
+                self.copied.append(index)
                 groups.append({**group, "params": anchors, "weight_decay": 0.0})
-        self.own = type(optimizer)(groups) if groups else None
+        made: Any = type(optimizer)
+        self.own = made(groups)
 
     def after_backward(self, closure: Closure) -> None:
         """Start at the weights of the first step; see which weights train in this one."""
@@ -167,7 +169,7 @@ class WeightAnchor(Method):
         """The strength now; the share of codes that moved since the last look, where the widths are decided;
         the distance of weights and anchors, relative to the anchors."""
         found = super().scalars()
-        if not any(self._has_looked):
+        if not self._has_counted:
             del found["codes_moved"]
         return found
 
@@ -221,7 +223,9 @@ class WeightAnchor(Method):
         if self.how == "plain":
             torch._foreach_lerp_(anchors, weights, [kappas[i] * factor for i in pulled])
         else:
-            self._descend({id(a): (w, kappas[i] * factor) for i, w, a in zip(pulled, weights, anchors)})
+            self._descend(
+                {id(a): (w, kappas[i] * factor) for i, w, a in zip(pulled, weights, anchors, strict=True)}
+            )
 
     def _descend(self, towards: Mapping[int, tuple[Tensor, float]]) -> None:
         """A step of the anchors' own optimizer on 2 lambda (A - W), lambda = kappa / (2 eta)."""
@@ -232,11 +236,11 @@ class WeightAnchor(Method):
                 got="main",
                 remedy="Call method.optimizer_made(optimizer) once it is made",
             )
-        for group, main in zip(self.own.param_groups, self.copied, strict=True):
-            group["lr"] = main["lr"]
+        for group, index in zip(self.own.param_groups, self.copied, strict=True):
+            rate = group["lr"] = self.main.param_groups[index]["lr"]
             for anchor in group["params"]:
                 weight, kappa = towards.get(id(anchor), (anchor, 0.0))
-                anchor.grad = (anchor - weight) * (kappa / main["lr"]) if kappa and main["lr"] else None
+                anchor.grad = (anchor - weight) * (kappa / rate) if kappa and rate else None
         self.own.step()
 
     def _look(self) -> None:
@@ -257,6 +261,7 @@ class WeightAnchor(Method):
             self.looked[i] = 1.0
         if count:
             self.codes_moved.copy_(torch.stack(moved).sum() / count)
+            self._has_counted = True
         anchors = [self._anchor(i) for i in range(len(self.layers))]
         gaps = torch._foreach_sub([weight_of(layer) for layer in self.layers], anchors)
         self.gap.copy_(_norm(gaps) / _norm(anchors).clamp(min=1e-12))
@@ -265,11 +270,12 @@ class WeightAnchor(Method):
         super()._load_from_state_dict(*arguments, **keywords)
         self._is_started = bool(self.started)
         self._has_looked = self.looked.bool().tolist()
+        self._has_counted = not bool(self.codes_moved.isnan())
 
 
-def _norm(tensors: list[Tensor]) -> Tensor:
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
     """Of all of them together, 0-D."""
-    return torch.stack(torch._foreach_norm(tensors)).norm()
+    return torch.stack(torch._foreach_norm(list(tensors))).norm()
 
 
 def _check(given: Mapping[str, Any]) -> None:
