@@ -267,6 +267,28 @@ def test_gradients_that_overflowed_leave_the_weights_as_they_were() -> None:
     assert torch.equal(net.u, before)
 
 
+def test_one_overflow_does_not_last() -> None:
+    net, method = Quadratic(), Sharpness(every=2)
+    method.attach(net)
+    for step, factor in enumerate([torch.inf, 1.0]):
+        net.zero_grad()
+        (factor * net()).backward()
+        method.after_backward(lambda: net().detach())
+        method.after_step(step, 100)
+    torch.testing.assert_close(net.u.grad, w_and_gradient(net)[1][:2])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gradient_of_zero_perturbs_nothing_in_half_precision(dtype: torch.dtype) -> None:
+    net = nn.Linear(3, 2).to(dtype)
+    method = Sharpness(kind="sagm")
+    method.attach(net)
+    net.weight.grad, net.bias.grad = torch.zeros_like(net.weight), torch.ones_like(net.bias)
+    before, seen = net.weight.detach().clone(), []
+    method.after_backward(lambda: seen.append(net.weight.detach().clone()) or torch.zeros(()))
+    assert torch.equal(seen[0], before)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_it_trains_under_autocast(dtype: torch.dtype) -> None:
     net, method = quantized(), Sharpness(0.05)

@@ -197,15 +197,14 @@ class Sharpness(Method):
 
     def _factors(self, moved: list[Tensor], g: list[Tensor]) -> list[Tensor]:
         """e / g of each tensor, 0-D."""
-        norms = torch.stack(torch._foreach_norm(g))
+        norms = _norms(g)
         if not self.relative:
             return [self.radius / (norms.norm() + TINY) - self.alpha] * len(g)
-        sizes: list[Tensor] = list(torch._foreach_norm(moved))
         # A range is the logarithm of its C scales: rho of each scale is rho / ln 2 of each exponent.
         scales = [self._scales.get(id(p)) for p in moved]
-        sizes = [n if c is None else n.new_full((), c) for n, c in zip(sizes, scales, strict=True)]
-        ratios = torch.stack(sizes) / (norms + TINY)
-        return list((self.radius * ratios - self.alpha).unbind())
+        each = zip(_norms(moved).unbind(), scales, strict=True)
+        sizes = torch.stack([n if c is None else n.new_full((), c) for n, c in each])
+        return list((self.radius * sizes / (norms + TINY) - self.alpha).unbind())
 
     # ---- between second passes
 
@@ -214,12 +213,16 @@ class Sharpness(Method):
         if not (moved := [p for p in self._directions if p in g_1]):
             return
         g, plain = [_gradient(p) for p in moved], [g_1[p] for p in moved]
-        along = torch.stack([product.sum() for product in torch._foreach_mul(g, plain)])
-        squares = torch.stack(torch._foreach_norm(plain)).square()
+        products = torch._foreach_mul(g, plain)
+        along = torch.stack([product.sum(dtype=torch.float32) for product in products])
+        squares = _norms(plain).square()
         if not self.relative:
             along, squares = along.sum().expand_as(along), squares.sum().expand_as(squares)
         parts = torch._foreach_mul(plain, list((along / (squares + TINY**2)).unbind()))
-        torch._foreach_copy_([self._direction(p) for p in moved], torch._foreach_sub(g, parts))
+        directions = [self._direction(p) for p in moved]
+        torch._foreach_copy_(directions, torch._foreach_sub(g, parts))
+        for direction in directions:  # one overflow must not last until the next second pass
+            direction.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
     def _without(self, moved: list[Tensor]) -> None:
         """A step without a second pass:  g = g_1 + 0.7 (|g_1| / |g_v|) g_v, or g_1."""
@@ -231,7 +234,7 @@ class Sharpness(Method):
         if not (self.reuses and self._has_passed and moved):
             return
         g, v = [_gradient(p) for p in moved], [self._direction(p) for p in moved]
-        sizes, lengths = torch.stack(torch._foreach_norm(g)), torch.stack(torch._foreach_norm(v))
+        sizes, lengths = _norms(g), _norms(v)
         if not self.relative:
             sizes, lengths = sizes.norm().expand_as(sizes), lengths.norm().expand_as(lengths)
         torch._foreach_add_(g, torch._foreach_mul(v, list((REUSE * sizes / (lengths + TINY)).unbind())))
@@ -262,7 +265,7 @@ class Sharpness(Method):
         self.frozen.copy_(now if self.unfreeze else torch.maximum(self.frozen, now))
         self.disorder.copy_(delta.mean())
         self.flips.zero_()
-        self._restore()
+        self._frozen = self.frozen.tolist()
 
     # ---- bookkeeping
 
@@ -302,6 +305,11 @@ class Sharpness(Method):
     def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
         super()._load_from_state_dict(*arguments, **keywords)
         self._restore()
+
+
+def _norms(tensors: list[Tensor]) -> Tensor:
+    """Of each, (len,), in float32: half precision would lose TINY."""
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32))
 
 
 def _gradient(parameter: Tensor) -> Tensor:
