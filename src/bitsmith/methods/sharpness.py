@@ -300,7 +300,7 @@ class Sharpness(Method):
         """What the buffers say, where Python branches on it."""
         self._step, self._rho = int(self.count), float(self.radius)
         self._has_passed = not bool(self.perturbed_loss.isnan())
-        self._frozen: list[float] = self.frozen.tolist() if "frozen" in self._buffers else []
+        self._frozen = self.frozen.tolist() if "frozen" in self._buffers else []
 
     def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
         super()._load_from_state_dict(*arguments, **keywords)
