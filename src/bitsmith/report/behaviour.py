@@ -114,7 +114,7 @@ def confusion(run: Run) -> str:
     return page.card(
         "Confusion",
         svg.heat(counts.tolist(), found.classes, label),
-        remark=f"The quantized model misreads {wrong} of {len(found.labels):,} test images. "
+        remark=f"The quantized model misreads {wrong} of {len(found.labels):,} test {words.unit(run)}. "
         f"Rows: the truth; columns: its answer.{most}",
     )
 
@@ -166,6 +166,8 @@ def _misread_note(run: Run) -> str:
 
 def shifts(run: Run) -> str:
     """Accuracy on disturbed test images, float against quantized."""
+    if words.measure(run) is words.LOSS:  # the shift file has the losses
+        return ""
     table: Mapping[str, Mapping[str, float]] = run.metrics.get("shift") or {}
     before, after = table.get("float") or {}, table.get("quantized") or {}
     names = [name for name in (before or after) if name != "mean"]
@@ -186,7 +188,7 @@ def shifts(run: Run) -> str:
         float(np.mean([values[name] for name in names])) if all(name in values for name in names) else None
         for values in (before, after)
     ]
-    note = "Test images disturbed in ways that training did not see."
+    note = f"Test {words.unit(run)} as training did not see them."
     if means[0] is not None and means[1] is not None:
         gap = words.points(means[1] - means[0])
         word = "above" if gap.startswith("+") else "below"
