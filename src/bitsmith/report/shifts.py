@@ -31,6 +31,7 @@ SUITES = {
     "text": "Text",
     "covariate": "Covariate shift",
 }
+INITIALS = ("fgsm", "pgd", "jpeg")
 STYLE = """
 .panels { display:grid; grid-template-columns:repeat(auto-fill,minmax(290px,1fr)); gap:26px 34px }
 .panel { min-width:0 }
@@ -113,24 +114,19 @@ def _read_pictures(path: Path) -> Pictures:
 
 
 def card(read: tuple[Mapping[str, Any], Pictures] | None) -> str:
-    """Every shift in a panel of its own, and the figures as a table, folded; empty where there is nothing."""
+    """Every shift in a panel of its own, and the figures as a table; empty where there is nothing."""
     if read is None or not read[0]["shifts"]:
         return ""
     found, pictures = read
-    body = page.legend([(f"b-{MODELS[name][1]}", MODELS[name][0]) for name in _models(found)])
-    return page.card(
-        "Shift by shift",
-        body + _panels(found, pictures) + page.folded("Figures by severity", table(found)),
-        remark=_remark(found),
-        wide=True,
-    )
+    panels = _panels(found, pictures)
+    figures = page.folded("Figures by severity", table(found)) if panels else table(found)
+    return page.card("Shift by shift", panels + figures, remark=_remark(found), wide=True)
 
 
 def write_shift_page(found: Mapping[str, Any], pictures: Pictures, path: Path, run: str) -> None:
     """What `bitsmith evaluate --shift` measured, as a page: the table, then the panels."""
     measure = _measure(found)
-    after = found["figures"]["quantized"].get("mean")
-    title = f"{measure.show(after, 1)} under shift"
+    title = f"{measure.show(found['figures']['quantized'].get('mean'), 1)} under shift"
     before = found["plain"]["quantized"][found["metric"]]
     lead = f"{measure.show(before, 1)} on the test {found['unit']} as they are."
     if "float" in found["figures"]:
@@ -140,27 +136,29 @@ def write_shift_page(found: Mapping[str, Any], pictures: Pictures, path: Path, r
         f'<h1>{page.text(title)}</h1><p class="lead">{page.text(lead)}</p>'
         f'<p class="asked">Suite {page.text(found["suite"])} on {page.text(found["data"])}</p>'
     )
-    graded = any(entry["severities"] for entry in found["shifts"].values())
     remark = f"Means of {severities(found)}; further to the right the quantized model at each severity."
     cards = [
-        page.card("Under shift", table(found), remark=remark if graded else "", wide=True),
-        page.card(
-            "Shift by shift",
-            page.legend([(f"b-{MODELS[name][1]}", MODELS[name][0]) for name in _models(found)])
-            + _panels(found, pictures),
-            remark=_remark(found),
-            wide=True,
-        ),
+        page.card("Under shift", table(found), remark=remark if _is_graded(found) else "", wide=True),
+        page.card("Shift by shift", _panels(found, pictures), remark=_remark(found), wide=True),
     ]
     body = "".join(page.grid([one]) for one in cards)
     footer = "Made by Bitsmith; works offline. Accuracies under these shifts compare models, not papers."
     write_atomic(path, page.document(f"{title} · {run}", header, body, footer, STYLE).encode())
 
 
+def _is_graded(found: Mapping[str, Any]) -> bool:
+    return any(entry["severities"] for entry in found["shifts"].values())
+
+
 def severities(found: Mapping[str, Any]) -> str:
     """Over which severities a figure is a mean: "severities 1, 3 and 5"."""
     known = [str(severity) for severity in found["severities"]]
     return f"severit{'ies' if len(known) > 1 else 'y'} {words.listing(known)}"
+
+
+def name_of(shift: str) -> str:
+    """A shift as it is written: "shot noise", "PGD transferred"."""
+    return " ".join(part.upper() if part in INITIALS else part for part in shift.split("_"))
 
 
 def rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -178,7 +176,7 @@ def rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         }
         cells = [_short(measure, at[level]) if level in at else "" for level in levels]
         figures = {name: found["figures"][name][shift] for name in names}
-        result.append(_row(shift.replace("_", " "), figures, measure) + cells)
+        result.append(_row(name_of(shift), figures, measure) + cells)
     if len(found["shifts"]) > 1:
         means = {name: found["figures"][name]["mean"] for name in names}
         result.append(_row("mean", means, measure) + [""] * len(levels))
@@ -201,17 +199,17 @@ def table(found: Mapping[str, Any]) -> str:
     """`rows` as markup."""
     columns, cells = rows(found)
     return page.table(
-        [column.capitalize() for column in columns],
-        [
-            [page.text(cell).capitalize() if at == 0 else page.text(cell) for at, cell in enumerate(row)]
-            for row in cells
-        ],
+        [_title(column) for column in columns],
+        [[page.text(_title(row[0])), *map(page.text, row[1:])] for row in cells],
         "Figures under shift",
         numbers=range(1, len(columns)),
     )
 
 
 def _panels(found: Mapping[str, Any], pictures: Pictures) -> str:
+    """A panel for each shift, group by group; empty where there is nothing to look at."""
+    if not (_is_graded(found) or pictures or found.get("texts")):
+        return ""
     groups: dict[str, list[str]] = {}
     for shift, entry in found["shifts"].items():
         groups.setdefault(str(entry.get("suite", "")), []).append(_panel(shift, found, pictures))
@@ -219,12 +217,14 @@ def _panels(found: Mapping[str, Any], pictures: Pictures) -> str:
     for suite, panels in groups.items():
         head = f"<h3>{page.text(SUITES.get(suite, suite))}</h3>" if len(groups) > 1 else ""
         parts.append(f'<div class="suite">{head}<div class="panels">{"".join(panels)}</div></div>')
-    return "".join(parts)
+    return page.legend([(f"b-{MODELS[name][1]}", MODELS[name][0]) for name in _models(found)]) + "".join(
+        parts
+    )
 
 
 def _panel(shift: str, found: Mapping[str, Any], pictures: Pictures) -> str:
     measure, names, entry = _measure(found), _models(found), found["shifts"][shift]
-    title = page.text(shift.replace("_", " ").capitalize())
+    title = page.text(_title(name_of(shift)))
     said = ", ".join(f"{name} {measure.show(found['figures'][name][shift], 1)}" for name in names)
     parts = [f'<div class="panel"><h3>{title}</h3>{page.note(said)}', _strip(shift, entry, pictures)]
     texts = (found.get("texts") or {}).get(shift) or []
@@ -250,6 +250,10 @@ def _panel(shift: str, found: Mapping[str, Any], pictures: Pictures) -> str:
         label = f"{title}: {measure.title.lower()} against severity; mean {said}"
         parts.append(svg.lines(curves, show, "severity", label, height=120, span=_span(found)))
     return "".join(parts) + "</div>"
+
+
+def _title(name: str) -> str:
+    return name[:1].upper() + name[1:]
 
 
 def _strip(shift: str, entry: Mapping[str, Any], pictures: Pictures) -> str:
@@ -279,16 +283,20 @@ def _span(found: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def _remark(found: Mapping[str, Any]) -> str:
-    graded = any(entry["severities"] for entry in found["shifts"].values())
-    texts = {
-        "images": "Pictures: a test image as it is (0) and at severities 1 to 5. ",
-        "sequences": "Text: the beginning of the test text at severities 1 to 5. ",
+    if not _is_graded(found):
+        return ""
+    shown = {
+        "images": "Pictures: a test image as it is (0) and at severities 1 to 5.",
+        "sequences": "Text: the beginning of the test text at severities 1 to 5.",
     }
-    curves = f"Curves: {_measure(found).title.lower()} of all test {found['unit']}; 0 is as they are. "
-    return (
-        (texts.get(str(found["unit"]), "") + curves if graded else "")
-        + f"Figures: means of {severities(found)}." * graded
-    ).strip()
+    parts = [
+        shown.get(str(found["unit"]), ""),
+        f"Curves: {_measure(found).title.lower()} of all test {found['unit']}; 0 is as they are.",
+        f"Figures: means of {severities(found)}.",
+    ]
+    if any(entry.get("suite") == "adversarial" for entry in found["shifts"].values()):
+        parts.append("Attacks move every pixel by at most 1, 2, 4, 8 and 16 of 255.")
+    return " ".join(parts).strip()
 
 
 def _models(found: Mapping[str, Any]) -> list[str]:

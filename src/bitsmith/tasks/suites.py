@@ -50,14 +50,15 @@ def chosen(data: Examples, suite: str, where: str = "shift") -> tuple[Shift, ...
 
 
 def _unknown(part: str, data: Examples, known: Sequence[Shift], where: str) -> DataError:
-    names = [*WHOLE, *dict.fromkeys(s.suite for s in known), *(s.name for s in known)]
+    groups = list(dict.fromkeys(shift.suite for shift in known))
+    names = [*WHOLE, *groups, *(shift.name for shift in known)]
     for group, (shifts, kind) in SUITES.items():
         if part == group or part in shifts:
             return DataError(
                 f"this is a shift of {kind}" if part in shifts else f"this is a suite of {kind}",
                 where=where,
-                got=f"{part}, of data {data.name} ({data.unit})",
-                expected=listing(names),
+                got=f"{part} for data {data.name}, which are {data.unit}",
+                expected=listing([*WHOLE, *groups]),
             )
     near = nearest(part, names, 1)
     return DataError(
