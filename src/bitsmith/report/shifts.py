@@ -142,7 +142,7 @@ def write_shift_page(found: Mapping[str, Any], pictures: Pictures, path: Path, r
         page.card("Shift by shift", _panels(found, pictures), remark=_remark(found), wide=True),
     ]
     body = "".join(page.grid([one]) for one in cards)
-    footer = "Made by Bitsmith; works offline. Accuracies under these shifts compare models, not papers."
+    footer = "Made by Bitsmith; works offline. Figures under these shifts compare models, not papers."
     write_atomic(path, page.document(f"{title} · {run}", header, body, footer, STYLE).encode())
 
 
@@ -229,7 +229,10 @@ def _panel(shift: str, found: Mapping[str, Any], pictures: Pictures) -> str:
     parts = [f'<div class="panel"><h3>{title}</h3>{page.note(said)}', _strip(shift, entry, pictures)]
     texts = (found.get("texts") or {}).get(shift) or []
     levels = range(1, len(texts) + 1) if entry["severities"] else [""]
-    lines = (f"<li><b>{level}</b>{page.text(text)}</li>" for level, text in zip(levels, texts, strict=False))
+    lines = (
+        f"<li>{f'<b>{level}</b>' if level else ''}{page.text(text)}</li>"
+        for level, text in zip(levels, texts, strict=False)
+    )
     parts.append(f'<ul class="texts">{"".join(lines)}</ul>' if texts else "")
     if entry["severities"]:
         curves = [

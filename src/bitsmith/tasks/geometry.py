@@ -54,8 +54,10 @@ def elastic(images: Tensor, severity: int, generator: torch.Generator) -> Tensor
 def elastically(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
     """Every pixel from ``strength`` sides away, root mean square, and its neighbours from nearly as far."""
     count, _, height, width = images.shape
-    field = 2 * torch.rand((count, 2, height, width), generator=generator) - 1
-    field = gaussian_blur(field, ELASTIC_SIGMA * min(height, width))
+    sigma = ELASTIC_SIGMA * min(height, width)
+    rim = math.ceil(3 * sigma)  # drawn and blurred beyond the image, or its edges would move further
+    field = 2 * torch.rand((count, 2, height + 2 * rim, width + 2 * rim), generator=generator) - 1
+    field = gaussian_blur(field, sigma)[..., rim : rim + height, rim : rim + width]
     field = field / field.square().sum(1, keepdim=True).mean((2, 3), keepdim=True).sqrt()
     identity = torch.tensor([[1.0, 0, 0], [0, 1, 0]]).expand(count, 2, 3)
     grid = F.affine_grid(identity, list(images.shape), align_corners=False)
