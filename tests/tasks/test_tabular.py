@@ -18,7 +18,8 @@ def test_rows_are_split_at_the_quantile_of_the_feature(feature):
     assert len(seen) / 569 == pytest.approx(0.6, abs=0.01)
     assert len(data.test_x) / len(seen) == pytest.approx(0.2, abs=0.01)
     (shift,) = data.shifts()
-    assert (shift.name, shift.suite, shift.graded) == (f"high {feature}", "covariate", False)
+    assert (shift.name, shift.suite, shift.graded) == ("covariate", "covariate", False)
+    assert data.facts()["shifted_feature"] == feature
     assert torch.equal(shift.rows(1, 0, None)[0], data.shifted_x)
 
 

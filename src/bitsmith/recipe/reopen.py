@@ -118,9 +118,10 @@ def evaluate_run(
     }
     if shift is None:
         return result
+    suite = recipe.shift.suite if shift == "default" else shift  # what the run itself measured
     if severities is not None:
         check_severities(severities, "--severity")
-    attacks = any(one.attacks for one in chosen(examples, shift, "--shift"))
+    attacks = any(one.attacks for one in chosen(examples, suite, "--shift"))
     models = {"float": _kept_float(path, recipe, factory), "quantized": model}
     known = {name: one for name, one in models.items() if one is not None}
     trained = {"quantized": _trained(path, recipe, factory, examples.example())} if attacks else {}
@@ -129,7 +130,7 @@ def evaluate_run(
         known,
         trained,
         examples,
-        shift,
+        suite,
         sorted(set(severities or SEVERITIES)),
         over=over,
         where="--shift",

@@ -13,6 +13,7 @@ import numpy as np
 
 from bitsmith.report import contest, page, png, svg, words
 from bitsmith.report.metrics import Predictions, Run
+from bitsmith.report.shifts import name_of
 
 PHASES = {
     "float": ("Float", "float"),
@@ -164,6 +165,12 @@ def _misread_note(run: Run) -> str:
     return f"Bold: the truth. Both models misread {both}; quantization lost {lost} and won {won}."
 
 
+def shift_name(shift: str) -> str:
+    """A shift as an axis has room for it: "Shot noise", "PGD transferred", "Art painting"."""
+    name = name_of(shift).removeprefix("domain ").replace("_", " ")
+    return name[:1].upper() + name[1:]
+
+
 def shifts(run: Run) -> str:
     """Accuracy on disturbed test images, float against quantized."""
     if words.measure(run) is words.LOSS:  # the shift file has the losses
@@ -174,13 +181,13 @@ def shifts(run: Run) -> str:
     if not names:
         return ""
     groups = []
-    for name in [*names, *(["mean"] if "mean" in (before or after) else [])]:
+    for name in [*names, *(["mean"] if "mean" in (before or after) and len(names) > 1 else [])]:
         marks = [
             svg.Mark(stage, values[name], kind, words.percent(values[name]))
             for stage, kind, values in (("float", "float", before), ("quantized", "quant", after))
             if name in values
         ]
-        groups.append((name.replace("_", " ").capitalize(), marks))
+        groups.append((shift_name(name), marks))
     label = "Accuracy under shift: " + "; ".join(
         f"{name} {', '.join(f'{mark.label} {mark.text}' for mark in marks)}" for name, marks in groups
     )

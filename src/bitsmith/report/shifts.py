@@ -114,12 +114,15 @@ def _read_pictures(path: Path) -> Pictures:
 
 
 def card(read: tuple[Mapping[str, Any], Pictures] | None) -> str:
-    """Every shift in a panel of its own, and the figures as a table; empty where there is nothing."""
+    """Every shift in a panel of its own, and the figures as a table; empty where nothing can be pictured or
+    drawn, which is then said by the bars of `behaviour.shifts`."""
     if read is None or not read[0]["shifts"]:
         return ""
     found, pictures = read
     panels = _panels(found, pictures)
-    figures = page.folded("Figures by severity", table(found)) if panels else table(found)
+    if not panels:
+        return ""
+    figures = page.folded("Figures by severity", table(found))
     return page.card("Shift by shift", panels + figures, remark=_remark(found), wide=True)
 
 

@@ -51,7 +51,7 @@ def chosen(data: Examples, suite: str, where: str = "shift") -> tuple[Shift, ...
 
 def _unknown(part: str, data: Examples, known: Sequence[Shift], where: str) -> DataError:
     groups = list(dict.fromkeys(shift.suite for shift in known))
-    names = [*WHOLE, *groups, *(shift.name for shift in known)]
+    names = list(dict.fromkeys([*WHOLE, *groups, *(shift.name for shift in known)]))
     for group, (shifts, kind) in SUITES.items():
         if part == group or part in shifts:
             return DataError(

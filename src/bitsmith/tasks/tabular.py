@@ -62,14 +62,14 @@ class TableData(Labelled):
 
     def shifts(self) -> tuple[Shift, ...]:
         """The rows beyond the quantile."""
-        return (Shift(f"high {self.feature}", "covariate", self._beyond, graded=False),)
+        return (Shift("covariate", "covariate", self._beyond, graded=False),)
 
     def _beyond(self, severity: int, seed: int, model: nn.Module | None) -> tuple[Tensor, Tensor]:
         return self.shifted_x, self.shifted_y
 
     def facts(self) -> dict[str, Any]:
-        """The task."""
-        return {"task": "tabular"}
+        """The task, and the feature that is high in the shifted rows."""
+        return {"task": "tabular", "shifted_feature": self.feature}
 
 
 def breast_cancer(
