@@ -23,6 +23,7 @@ from bitsmith.quantization import CostModel, CostTable, measure, plan_of
 from bitsmith.quantization.cost_kinds import used
 from bitsmith.quantization.coverage import coverage
 from bitsmith.quantization.finalize import finalize
+from bitsmith.recipe import shifts
 from bitsmith.recipe.competition import Outcome
 from bitsmith.recipe.environment import environment
 from bitsmith.recipe.progress import Event, Progress
@@ -85,8 +86,11 @@ def deliver(
     started = time.perf_counter()
     models = {"float": float_model, "quantized": packed}
     figures, answers = _both({name: data.answers(model) for name, model in models.items()})
-    shift = {name: found for name, model in models.items() if (found := data.shifts(model))}
-    tell(Event("shift", values={f"{name} accuracy": found["mean"] for name, found in shift.items()}))
+    asked = recipe.shift
+    found = shifts.measure(models, {"quantized": trained}, data, asked.suite, asked.severities, plain=figures)
+    shifts.write(found, models | {"quantized": trained}, data, out)
+    shift = shifts.accuracies(found)
+    tell(Event("shift", values={f"{name} accuracy": each["mean"] for name, each in shift.items()}))
     shift_seconds = time.perf_counter() - started
 
     metrics: dict[str, Any] = {

@@ -41,6 +41,7 @@ from bitsmith.recipe.threads import enough_threads
 from bitsmith.tasks import Examples, build, load
 from bitsmith.tasks.hub import swaps_of
 from bitsmith.tasks.resnet import load_weights
+from bitsmith.tasks.suites import chosen
 from bitsmith.train import Progress as TrainProgress
 from bitsmith.train import TrainConfig, train
 
@@ -178,6 +179,7 @@ def read_inputs(recipe: Recipe) -> tuple[Examples, nn.Module]:
     if recipe.pretrained is not None:
         load_weights(model, recipe.pretrained)
     data.check(model, recipe.quantize.calibration_samples)
+    chosen(data, recipe.shift.suite, "shift.suite")  # a suite of other data is found out now
     return data, model
 
 

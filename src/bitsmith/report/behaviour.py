@@ -13,6 +13,7 @@ import numpy as np
 
 from bitsmith.report import contest, page, png, svg, words
 from bitsmith.report.metrics import Predictions, Run
+from bitsmith.report.shifts import name_of
 
 PHASES = {
     "float": ("Float", "float"),
@@ -114,7 +115,7 @@ def confusion(run: Run) -> str:
     return page.card(
         "Confusion",
         svg.heat(counts.tolist(), found.classes, label),
-        remark=f"The quantized model misreads {wrong} of {len(found.labels):,} test images. "
+        remark=f"The quantized model misreads {wrong} of {len(found.labels):,} test {words.unit(run)}. "
         f"Rows: the truth; columns: its answer.{most}",
     )
 
@@ -164,21 +165,29 @@ def _misread_note(run: Run) -> str:
     return f"Bold: the truth. Both models misread {both}; quantization lost {lost} and won {won}."
 
 
+def shift_name(shift: str) -> str:
+    """A shift as an axis has room for it: "Shot noise", "PGD transferred", "Art painting"."""
+    name = name_of(shift).removeprefix("domain ").replace("_", " ")
+    return name[:1].upper() + name[1:]
+
+
 def shifts(run: Run) -> str:
     """Accuracy on disturbed test images, float against quantized."""
+    if words.measure(run) is words.LOSS:  # the shift file has the losses
+        return ""
     table: Mapping[str, Mapping[str, float]] = run.metrics.get("shift") or {}
     before, after = table.get("float") or {}, table.get("quantized") or {}
     names = [name for name in (before or after) if name != "mean"]
     if not names:
         return ""
     groups = []
-    for name in [*names, *(["mean"] if "mean" in (before or after) else [])]:
+    for name in [*names, *(["mean"] if "mean" in (before or after) and len(names) > 1 else [])]:
         marks = [
             svg.Mark(stage, values[name], kind, words.percent(values[name]))
             for stage, kind, values in (("float", "float", before), ("quantized", "quant", after))
             if name in values
         ]
-        groups.append((name.replace("_", " ").capitalize(), marks))
+        groups.append((shift_name(name), marks))
     label = "Accuracy under shift: " + "; ".join(
         f"{name} {', '.join(f'{mark.label} {mark.text}' for mark in marks)}" for name, marks in groups
     )
@@ -186,7 +195,7 @@ def shifts(run: Run) -> str:
         float(np.mean([values[name] for name in names])) if all(name in values for name in names) else None
         for values in (before, after)
     ]
-    note = "Test images disturbed in ways that training did not see."
+    note = f"Test {words.unit(run)} as training did not see them."
     if means[0] is not None and means[1] is not None:
         gap = words.points(means[1] - means[0])
         word = "above" if gap.startswith("+") else "below"

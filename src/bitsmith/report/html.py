@@ -19,6 +19,7 @@ from bitsmith.report import (
     record,
     rounding,
     search,
+    shifts,
     words,
 )
 from bitsmith.report.metrics import Run, read_run
@@ -66,6 +67,7 @@ def render(run: Run) -> str:
             (fractional.curriculum(run),),
             (hardware.card(run),),
             (behaviour.traces(run),),
+            (shifts.card(shifts.read_shifts(run.directory)),),
             *_proofs(run),
         )
     )
@@ -74,7 +76,7 @@ def render(run: Run) -> str:
         "Made by Bitsmith from the files in this run directory; works offline. "
         f"Bytes are decimal (1 kB = 1,000 B). {what} are of the test set unless they say validation."
     )
-    return page.document(f"{title} · {run.name}", header, body, footer, fractional.style(run))
+    return page.document(f"{title} · {run.name}", header, body, footer, fractional.style(run) + shifts.STYLE)
 
 
 def _proofs(run: Run) -> tuple[tuple[str, ...], ...]:

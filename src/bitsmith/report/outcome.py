@@ -79,7 +79,7 @@ def accuracy(run: Run) -> str:
     label = f"{by.title}: " + ", ".join(f"{mark.label} {mark.text}" for mark in marks)
     show = svg.show_percent if by is words.ACCURACY else svg.show_number
     plot = svg.dots(marks, label, reference=run.figure("float", by.key), show=show)
-    note = f"Lines: one standard error of {images:,} test images." if images else ""
+    note = f"Lines: one standard error of {images:,} test {words.unit(run)}." if images else ""
     return page.card(by.title, plot + page.note(note), remark=_gain(run))
 
 

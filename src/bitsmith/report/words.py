@@ -151,6 +151,11 @@ def measure(run: Run) -> Measure:
     return LOSS if run.metrics.get("task") == "language" else ACCURACY
 
 
+def unit(run: Run) -> str:
+    """What the data are rows of, in the plural."""
+    return {"language": "sequences", "tabular": "rows"}.get(str(run.metrics.get("task")), "images")
+
+
 def result(run: Run, stage: str) -> str:
     """What a stage came to, in the run's own measure: "97.8 %", "1.284 nats"."""
     by = measure(run)

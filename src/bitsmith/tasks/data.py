@@ -1,7 +1,8 @@
 """Where data come from: `load` of a built-in name or of "package.module:factory".
 
 Loaders are functions that return checked `Examples`; a table names them: "digits", "npz:PATH", "folder:PATH"
-(images, dataset.py), "pydoc" and "text:PATH" (text.py), "arithmetic" (arithmetic.py). Nothing is downloaded.
+(images, dataset.py), "domains:PATH" (domains.py), "breast_cancer" (tabular.py), "pydoc" and "text:PATH"
+(text.py), "arithmetic" (arithmetic.py). Nothing is downloaded.
 Images keep their range: uint8 is read as value / 255, floats are passed to the model as they are.
 """
 
@@ -20,9 +21,18 @@ from bitsmith.errors import DataError, MissingExtra
 from bitsmith.tasks.arithmetic import arithmetic_data
 from bitsmith.tasks.augment import AUGMENTATIONS, Augmentation
 from bitsmith.tasks.dataset import Data, hold_out
+from bitsmith.tasks.domains import (
+    DomainData,
+    domain_folders,
+    from_arrays,
+    joined,
+    leave_one_out,
+    to_one_shape,
+)
 from bitsmith.tasks.examples import SPLITS, Examples
 from bitsmith.tasks.factory import FACTORY_PATTERN, accepts, call, load_factory, suggestion
 from bitsmith.tasks.folder import read_folder
+from bitsmith.tasks.tabular import breast_cancer
 from bitsmith.tasks.text import pydoc, read_text
 
 FOLDS = 5
@@ -32,11 +42,14 @@ def load(spec: str, seed: int = 0, model: str = "", **arguments: Any) -> Example
     """The data that ``spec`` names; ``seed`` decides the splits. Raises DataError, MissingExtra.
 
     "digits" (fold, validation); "npz:PATH" (classes, validation, augment); "folder:PATH" (size, validation,
-    augment); "pydoc" and "text:PATH" (context, tokenizer, validation, test), "arithmetic" (largest, held_out,
-    tokenizer), whose tokenizer is that of ``model`` where it is an "hf:" one; "package.module:factory",
-    called with ``arguments``, and with ``seed`` where it takes one.
+    augment); "domains:PATH" (leave_out, size, validation, augment; or "domains" with the argument path);
+    "breast_cancer" (feature, quantile, validation); "pydoc" and "text:PATH" (context, tokenizer, validation,
+    test), "arithmetic" (largest, held_out, tokenizer), whose tokenizer is that of ``model`` where it is an
+    "hf:" one; "package.module:factory", called with ``arguments``, and with ``seed`` where it takes one.
     """
     kind, colon, path = spec.partition(":")
+    if spec == "domains" and "path" in arguments:  # a list of files has no name
+        return _checked(call(domains, {"seed": seed, **arguments}, "data domains", DataError), spec)
     if kind in LOADERS and bool(colon) == (kind not in WITHOUT_PATH):
         loader = LOADERS[kind]
         inputs = {"path": path} if colon else {}
@@ -187,6 +200,75 @@ def folder(
     return assemble(splits, classes, Path(path).name, validation, seed, augmentation(augment, where))
 
 
+def domains(
+    path: str | Sequence[str],
+    leave_out: str,
+    seed: int = 0,
+    size: int | Sequence[int] | None = None,
+    validation: float = 0.125,
+    augment: str = "none",
+) -> DomainData:
+    """Several domains of the same classes, one of which is left out of training and is the shift of the data.
+
+    A folder of folders (domain/class/image); an .npz of arrays x, y and domain; a folder or list of .npz
+    files, each a domain (x and y, or the arrays of "npz:PATH") called after its file. ``size`` resizes all of
+    them; grey ones are repeated over three channels where others are coloured.
+    """
+    paths = [Path(one) for one in ([path] if isinstance(path, str) else path)]
+    where = f"data domains:{paths[0] if len(paths) == 1 else f'{len(paths)} files'}"
+    classes: Sequence[str] | None = None
+    if len(paths) == 1 and paths[0].is_dir():
+        paths = domain_folders(paths[0], where)
+    if paths and all(one.is_dir() for one in paths):
+        found, classes = _domain_folders(paths, size, where)
+    else:
+        archives = {one.stem: _read_npz(str(one), f"data domains:{one}") for one in paths}
+        if len(archives) == 1:
+            arrays = from_arrays(next(iter(archives.values())), where)
+        else:
+            arrays = {name: joined(archive, f"{where}: {name}") for name, archive in archives.items()}
+        found = {
+            name: (_images(x, f"{where}: {name}"), _labels(y, f"{where}: {name}"))
+            for name, (x, y) in arrays.items()
+        }
+        named = next((archive["classes"] for archive in archives.values() if "classes" in archive), None)
+        classes = None if named is None else [str(one) for one in named.ravel()]
+    found = to_one_shape(found, size, where)
+    if classes is None:
+        count = 1 + max((int(y.max()) for _, y in found.values() if len(y)), default=0)
+        classes = [str(index) for index in range(count)]
+    name = "domains" if isinstance(path, list | tuple) else Path(str(path)).stem
+    return leave_one_out(
+        found,
+        leave_out,
+        classes,
+        name,
+        validation=validation,
+        seed=seed,
+        augment=augmentation(augment, where),
+    )
+
+
+def _domain_folders(
+    paths: Sequence[Path], size: int | Sequence[int] | None, where: str
+) -> tuple[dict[str, tuple[Tensor, Tensor]], tuple[str, ...]]:
+    """Each domain's folder, read as one part, and the classes that all of them have."""
+    found, names = {}, {}
+    for place in paths:
+        parts, names[place.name] = read_folder(place, size, f"{where}: {place.name}")
+        found[place.name] = parts["train"]
+    first, classes = next(iter(names.items()))
+    for domain, own in names.items():
+        if own != classes:
+            raise DataError(
+                "the classes of the domains differ",
+                where=f"{where}: {domain}",
+                got=", ".join(own),
+                expected=f"{', '.join(classes)} as in {first}",
+            )
+    return found, classes
+
+
 def assemble(
     splits: dict[str, tuple[Tensor, Tensor]],
     classes: tuple[str, ...],
@@ -217,8 +299,10 @@ LOADERS: dict[str, Callable[..., Examples]] = {
     "digits": digits,
     "npz": npz,
     "folder": folder,
+    "domains": domains,
+    "breast_cancer": breast_cancer,
     "pydoc": pydoc,
     "text": read_text,
     "arithmetic": arithmetic_data,
 }
-WITHOUT_PATH = ("digits", "pydoc", "arithmetic")
+WITHOUT_PATH = ("digits", "breast_cancer", "pydoc", "arithmetic")

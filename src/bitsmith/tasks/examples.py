@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from bitsmith.errors import DataError
 from bitsmith.tasks.augment import Augmentation
 from bitsmith.tasks.factory import suggestion
+from bitsmith.tasks.shifts import Shift
 
 SPLITS = ("train", "val", "test")
 
@@ -39,6 +40,7 @@ class Examples(ABC):
 
     unit: ClassVar[str]  # what a row is, in the plural
     figures: ClassVar[tuple[str, ...]]  # the metrics that stand for a model, the most important first
+    default_shifts: ClassVar[tuple[str, ...]] = ()  # the names (or suites) of those that a run measures
     batch_rows: int = 256  # rows of one forward outside of training
 
     # ---- rows
@@ -126,10 +128,9 @@ class Examples(ABC):
     def write_answers(self, out: Path, answers: Mapping[str, Any]) -> None:
         """Write the answers of the models "float" and "quantized" into a run directory, for its report."""
 
-    def shifts(self, model: nn.Module) -> dict[str, float]:
-        """Accuracy on the test split as it might look elsewhere, by name, and "mean"; empty where no such
-        shift is known."""
-        return {}
+    def shifts(self) -> tuple[Shift, ...]:
+        """The ways in which the test split might look elsewhere; none where no such way is known."""
+        return ()
 
     def verified(self) -> tuple[Tensor, Tensor]:
         """The (inputs, targets) that an exported file is compared on: of the test split, what fits memory."""

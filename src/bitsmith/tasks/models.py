@@ -136,6 +136,21 @@ def byte_llama(
     return Llama(vocab_size, width, depth, heads, max(32, round(8 * width / 96) * 32), context, tied)
 
 
+def mlp(features: int = 30, classes: int = 2, hidden: Sequence[int] = (64, 64)) -> nn.Module:
+    """Linear layers with ReLU for rows of numbers (N, features); 6,334 parameters.
+
+    The norm in front learns mean and standard deviation of each feature: tables come in their own units.
+    """
+    model = nn.Sequential()
+    model.add_module("normalize", nn.BatchNorm1d(features))
+    widths = (features, *hidden)
+    for layer, (inputs, outputs) in enumerate(pairwise(widths), start=1):
+        model.add_module(f"fc{layer}", nn.Linear(inputs, outputs))
+        model.add_module(f"relu{layer}", nn.ReLU())
+    model.add_module("head", nn.Linear(widths[-1], classes))
+    return model
+
+
 def _resnet(
     blocks: int,
     classes: int,
@@ -182,6 +197,7 @@ def resnet56(
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "digits_cnn": digits_cnn,
     "digits_vit": digits_vit,
+    "mlp": mlp,
     "byte_llama": byte_llama,
     "resnet20": resnet20,
     "resnet32": resnet32,
