@@ -26,7 +26,7 @@ from torch import nn
 from bitsmith.methods.budget_search import BudgetSearch
 from bitsmith.methods.output_approximation import OutputApproximation
 from bitsmith.quantization import Scheme, calibrate, measure, plan_of, prepare, reestimate_batchnorm, sites
-from bitsmith.tasks.dataset import to_float
+from bitsmith.tasks.classification import to_float
 from bitsmith.train.config import TrainConfig
 from bitsmith.train.loop import train
 
