@@ -22,7 +22,7 @@ import argparse
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ from typing import Any
 import _results
 import _shared_data
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitsmith.methods.sharpness import Sharpness
@@ -38,12 +37,12 @@ from bitsmith.methods.weight_anchor import WeightAnchor
 from bitsmith.quantization import Scheme, calibrate, prepare, reestimate_batchnorm
 from bitsmith.tasks import build, load
 from bitsmith.tasks.augment import crop_and_flip
-from bitsmith.tasks.classification import to_float
-from bitsmith.tasks.domains import DomainData, leave_one_out
+from bitsmith.tasks.dataset import Data
 from bitsmith.tasks.examples import Examples
 from bitsmith.tasks.flatness import measure_flatness
 from bitsmith.tasks.normalize import Normalize
 from bitsmith.tasks.resnet import ResNet
+from bitsmith.tasks.shifts import Shift
 from bitsmith.tasks.suites import figures, measure_shifts
 from bitsmith.train.config import TrainConfig
 from bitsmith.train.loop import train
@@ -138,62 +137,42 @@ def cifar10(seed: int) -> tuple[nn.Module, Examples]:
     return build("resnet20", weights=_shared_data.resnet_weights(20)).eval(), data
 
 
-def sized(images: Tensor, side: int, channels: int) -> Tensor:
-    """Images (N, C, H, W) as uint8 of this size, grey ones repeated."""
-    small = F.interpolate(
-        to_float(images), (side, side), mode="bilinear", antialias=True, align_corners=False
-    )
-    return (small * 255).round().clamp(0, 255).to(torch.uint8).expand(-1, channels, -1, -1).contiguous()
-
-
 @dataclass(frozen=True, eq=False)
-class TwoElsewhere(DomainData):
-    """USPS and MNIST-M apart: the shifted images are one after the other."""
+class HandsElsewhere(Data):
+    """MNIST, and the same digits by other hands as its shifts."""
 
-    def shifts(self) -> tuple[Any, ...]:
-        whole = super().shifts()
-        half = len(self.shifted_x) // 2
-        rows = {"usps": slice(0, half), "mnist_m": slice(half, None)}
+    elsewhere: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-        def part(name: str, *_: Any) -> tuple[Tensor, Tensor]:
-            return self.inputs(self.shifted_x[rows[name]]), self.shifted_y[rows[name]]
+    def shifts(self) -> tuple[Shift, ...]:
+        def rows(name: str, *_: Any) -> tuple[Tensor, Tensor]:
+            return self.inputs(self.elsewhere[name][0]), self.elsewhere[name][1]
 
-        return *(replace(whole[0], name=name, rows=partial(part, name)) for name in rows), *whole[1:]
+        return tuple(Shift(name, "domains", partial(rows, name), graded=False) for name in self.elsewhere)
 
 
 def mnist(seed: int) -> tuple[nn.Module, Examples]:
     """The CNN on MNIST."""
-    train_x, train_y, test_x, test_y = (t for t in _shared_data.load_arrays("mnist"))
+    train_x, train_y, test_x, test_y = _shared_data.digits_as("mnist", 16)
     rows = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(seed))
-    elsewhere = [_shared_data.load_domain(name, 1000) for name in ("usps", "mnist_m")]
-    data = TwoElsewhere(
-        sized(train_x[rows[:6000]], 16, 3),
-        train_y[rows[:6000]],
-        sized(train_x[rows[6000:7000]], 16, 3),
-        train_y[rows[6000:7000]],
-        sized(test_x, 16, 3),
-        test_y,
-        tuple("0123456789"),
-        "mnist",
-        None,
-        left_out="elsewhere",
-        shifted_x=torch.cat([sized(x, 16, 3) for x, _ in elsewhere]),
-        shifted_y=torch.cat([y for _, y in elsewhere]),
-    )
+    splits = {
+        "train": (train_x[rows[:6000]], train_y[rows[:6000]]),
+        "val": (train_x[rows[6000:7000]], train_y[rows[6000:7000]]),
+        "test": (test_x, test_y),
+    }
+    parts = [tensor for split in splits.values() for tensor in split]
+    others = {name: _shared_data.digits_as(name, 16)[2:] for name in ("usps", "mnist_m")}
+    data = HandsElsewhere(*parts, tuple("0123456789"), "mnist", None, elsewhere=others)
     statistics = {"mean": (0.15,) * 3, "std": (0.28,) * 3}
     return trained(build("digits_cnn", seed=seed, **statistics), data, 8, 4e-3, seed), data
 
 
 def pacs(seed: int) -> tuple[nn.Module, Examples]:
     """A ResNet-8 on three domains."""
-    names = ("photo", "art_painting", "cartoon", "sketch")
-    domains = {name: _shared_data.load_domain(name) for name in names}
-    small = {name: (sized(x, 32, 3), y) for name, (x, y) in domains.items()}
-    classes = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")
-    augment = partial(crop_and_flip, padding=4)
+    data = _shared_data.pacs(_shared_data.PACS[seed % 4], side=32, seed=seed // 4)
+    data = replace(data, augment=partial(crop_and_flip, padding=4))
     torch.manual_seed(seed)
-    data = leave_one_out(small, names[seed % 4], classes, "pacs", seed=seed // 4, augment=augment)
-    return trained(ResNet(Normalize((0.5,) * 3, (0.25,) * 3), 1, 7), data, 20, 4e-3, seed), data
+    model = ResNet(Normalize((0.5,) * 3, (0.25,) * 3), 1, len(data.classes))
+    return trained(model, data, 20, 4e-3, seed), data
 
 
 PIXELWISE = (
