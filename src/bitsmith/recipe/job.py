@@ -326,6 +326,7 @@ def _train(
         methods=methods,
         teacher=teacher,
         augment=data.augment,
+        augment_both=data.augment_both,
         validate=(lambda: data.validate(model)) if len(data.val_x) else None,
         progress=show,
         checkpoint=stage_path(out, f"{stage}_training"),
