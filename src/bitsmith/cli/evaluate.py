@@ -76,6 +76,12 @@ def _show(result: dict[str, Any]) -> None:
         ]
         output().print(table(title, ("", ""), rows))
         return
+    if "mean_iou" in result:
+        title = f"{result['data']}: {result['images']} test images"
+        shifted = [(name, percent(value, 2), "") for name, value in result["shift"].items()]
+        figures = ("as they are", percent(result["mean_iou"], 2), percent(result["accuracy"], 2))
+        output().print(table(title, ("", "mean IoU", "pixels right"), [figures, *shifted]))
+        return
     rows = [("as it is", percent(result["accuracy"], 2))]
     rows += [(name, percent(value, 2)) for name, value in result["shift"].items()]
     title = f"{result['data']}: {result['images']} test images"

@@ -267,6 +267,7 @@ class IntegerConv(nn.Module):
     """A convolution over one or two axes with packed weights (out, in/groups, *kernel)."""
 
     kind = "conv"
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -308,8 +309,8 @@ class IntegerConvTranspose(IntegerConv):
     def forward(self, x: Tensor) -> Tensor:
         g, more = self.geometry, self.output_padding
         x, padding = x if self.input is None else self.input(x), cast(tuple[int, ...], g.padding)
-        weight = self.weight().transpose(0, 1)
-        return F.conv_transpose2d(x, weight, self.bias, g.stride, padding, more, g.groups, g.dilation)
+        weight, bias = self.weight().transpose(0, 1), self.bias
+        return F.conv_transpose2d(x, weight, bias, g.stride, padding, more, g.groups, g.dilation)
 
 
 class IntegerEmbedding(nn.Module):

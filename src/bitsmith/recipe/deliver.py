@@ -76,7 +76,10 @@ def deliver(
         Event(
             "export",
             values={
-                f"{name} {key}": e[key] for name, e in exported.items() for key in measured[:1] if key in e
+                f"{name} {key.replace('_', ' ')}": e[key]
+                for name, e in exported.items()
+                for key in measured[:1]
+                if key in e
             },
         )
     )
@@ -86,7 +89,8 @@ def deliver(
     models = {"float": float_model, "quantized": packed}
     figures, answers = _both({name: data.answers(model) for name, model in models.items()})
     shift = {name: found for name, model in models.items() if (found := data.shifts(model))}
-    tell(Event("shift", values={f"{name} accuracy": found["mean"] for name, found in shift.items()}))
+    shown = data.figures[0].replace("_", " ")
+    tell(Event("shift", values={f"{name} {shown}": found["mean"] for name, found in shift.items()}))
     shift_seconds = time.perf_counter() - started
 
     metrics: dict[str, Any] = {

@@ -117,7 +117,7 @@ def _run(
     post_training = data.evaluate(rounded, data.test_x, data.test_y)
     seconds["post_training"] = time.perf_counter() - started
     shown = data.figures[0]
-    tell(Event("post_training", values={f"test {shown}": post_training[shown]}))
+    tell(Event("post_training", values={f"test {shown.replace('_', ' ')}": post_training[shown]}))
 
     facts = train_quantized("qat", recipe, model, methods, float_model, data, out, tell)
     history["qat"], seconds["qat"] = facts["history"], facts["seconds"]

@@ -24,13 +24,13 @@ from bitsmith.recipe.directory import load_stage, stage_path
 from bitsmith.recipe.job import prepare_sites
 from bitsmith.recipe.load import load_recipe
 from bitsmith.recipe.schema import EXPORTS, NO_RUNTIME, Recipe
-from bitsmith.tasks import Data, Examples, TextData, build
+from bitsmith.tasks import Examples, TextData, build
 from bitsmith.tasks import load as load_data
 from bitsmith.tasks.data import LOADERS
 from bitsmith.tasks.models import HUB, MODELS, NOT_STRUCTURE
 from bitsmith.tasks.questions import Question, read_questions
 from bitsmith.tasks.scoring import MOST_TOKENS, score
-from bitsmith.tasks.shifts import SHIFTS, evaluate_shifts
+from bitsmith.tasks.shifts import SHIFTS
 
 
 def inspect_path(path: Path) -> dict[str, Any]:
@@ -104,7 +104,8 @@ def evaluate_run(
     model, examples = reopen(path, data, factory)
     shifts: dict[str, float] = {}
     if shift is not None:
-        if not isinstance(examples, Data):
+        found = examples.shifts(model)
+        if not found:
             raise RecipeError(
                 "no shift is known of these data",
                 where="--shift",
@@ -112,7 +113,13 @@ def evaluate_run(
                 expected="images",
                 remedy="Leave --shift out",
             )
-        found = evaluate_shifts(model, examples)
+        if shift != "all" and shift not in found:
+            raise RecipeError(
+                "this shift is not for these data",
+                where="--shift",
+                got=f"{shift} for {examples.name}",
+                expected=f"all, {listing(name for name in found if name != 'mean')}",
+            )
         shifts = found if shift == "all" else {shift: found[shift]}
     return {
         "run": str(path),

@@ -38,7 +38,7 @@ UNLABELLED = 255  # in masks.npz
 
 
 class Answers(NamedTuple):
-    """What a report shows of a model: the IoU of each class, its answers (SHOWN, H, W) to the first images."""
+    """What a report shows of a model: IoU of each class, and answers (SHOWN, H, W) to the first images."""
 
     iou: Tensor
     pictures: Tensor
