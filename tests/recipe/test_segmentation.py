@@ -82,7 +82,7 @@ def test_the_report_and_the_terminal_speak_of_mean_iou(
         assert title in page
     assert page.count("data:image/png") == 4 * SHOWN
     assert "Accuracy" not in page
-    assert "ccurac" not in page
+    assert "ccurac" not in page.replace("accuracy_level", "")  # an option of ONNX Runtime's
     main(["compare", str(finished), "--out", str(finished.parent / "compare.html")])
     assert f"{shown}" in capsys.readouterr().out
     assert "Mean IoU against size" in (finished.parent / "compare.html").read_text()
@@ -106,7 +106,7 @@ def test_a_finished_run_is_evaluated_and_exported_again(finished: Path, metrics:
 METHODS = {
     "search": SEARCH,
     "fractional": "methods=[{fractional_bits: {target: {average_weight_bits: 3}}}]",
-    "progressive": "methods=[{progressive_bits: {target: 3}}]",
+    "progressive": "methods=[{progressive_bits: {}}]",
     "output": "methods=[{output_approximation: {strength: 0.1}}]",
     "teacher": "methods=[{output_approximation: {strength: 0.1, against: teacher}}]",
 }
@@ -118,12 +118,9 @@ def test_every_method_runs_on_it(name: str, tmp_path: Path) -> None:
     found = run(recipe(METHODS[name], *native), tmp_path / "run")
     assert 0 <= found["quantized"]["mean_iou"] <= 1
     if name == "search":
-        assert found["searched"]["validation_mean_iou"] == pytest.approx(
-            found["searched"]["validation_mean_iou"]
-        )
         ahead = "searched" if rank(found["searched"]) > rank(found["uniform"]) else "uniform"
         assert found["winner"] == ahead
-        assert "on validation, which decided" in (tmp_path / "run" / "report.html").read_text()
+        assert "which decided" in (tmp_path / "run" / "report.html").read_text()
 
 
 def rank(contender: dict[str, Any]) -> tuple[float, float]:
@@ -131,7 +128,7 @@ def rank(contender: dict[str, Any]) -> tuple[float, float]:
 
 
 def test_weights_are_rounded_without_training(tmp_path: Path) -> None:
-    found = run(recipe("post_training={rounding: gptq}", "train.epochs=0"), tmp_path / "run")
+    found = run(recipe("post_training={rounding: gptq, samples: 16}", "train.epochs=0"), tmp_path / "run")
     assert 0 <= found["quantized"]["mean_iou"] <= 1
     rounded = json.loads((tmp_path / "run" / "post_training.json").read_text())
     assert "a transposed convolution: it is rounded to nearest" in json.dumps(rounded)

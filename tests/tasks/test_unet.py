@@ -12,6 +12,7 @@ from bitsmith.quantization import Scheme, calibrate, measure, prepare
 from bitsmith.quantization.finalize import finalize
 from bitsmith.quantization.integer_layers import Folded
 from bitsmith.tasks import build
+from bitsmith.tasks.models import MODELS
 from bitsmith.train import TrainConfig, train
 
 X = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -35,6 +36,11 @@ def test_a_logit_for_every_class_and_pixel(upsampling: str, depth: int) -> None:
         "unet", classes=5, width=3, depth=depth, upsampling=upsampling, mean=(0.5,) * 3, std=(1,) * 3
     )
     assert model(torch.rand(2, 3, 16, 8)).shape == (2, 5, 16, 8)
+
+
+def test_its_size_is_the_one_that_is_told() -> None:
+    count = sum(parameter.numel() for parameter in build("unet").parameters())
+    assert f"{count:,} parameters" in str(MODELS["unet"].__doc__)
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -146,7 +146,7 @@ def unet(
     mean: Sequence[float] = SCENES_MEAN,
     std: Sequence[float] = SCENES_STD,
 ) -> nn.Module:
-    """A small U-Net, a logit for every class and pixel: 28,987 parameters; sides that 2^depth divides.
+    """A small U-Net, a logit for every class and pixel: 66,179 parameters; sides that 2^depth divides.
 
     upsampling: "transposed" (convolutions) or "nearest". As many input channels as there are means.
     """
