@@ -34,7 +34,7 @@ refused with the nearest known name. `--set` changes one value: `bitsmith run my
 may need. The resolved recipe is saved in the run directory as `recipe.yaml`, and running that file again gives the
 same result.
 
-Relative paths in a recipe's file (`npz:`, `folder:`, `domains:` and `text:` data, `hf:` folders, `pretrained`, `plan`, a target's or a table's `.json`) are
+Relative paths in a recipe's file (`npz:`, `folder:`, `domains:`, `masks:` and `text:` data, `hf:` folders, `pretrained`, `plan`, a target's or a table's `.json`) are
 meant from that file's folder, so that a recipe and its files can be moved together; paths given by `--set` are meant
 from the current directory.
 
@@ -49,10 +49,10 @@ This page is generated from the schema (`make docs`).
 """
 
 MEANING = {
-    "model": "what to train: a built-in name (digits_cnn, digits_vit, resnet20, resnet32, resnet56, mlp, byte_llama), "
+    "model": "what to train: a built-in name (digits_cnn, digits_vit, unet, resnet20, resnet32, resnet56, mlp, byte_llama), "
     "`hf:PATH` of a causal language model of transformers ([language modelling](language.md)) or "
     "`package.module:factory`; a mapping `{name: ..., arguments: {...}}` passes arguments",
-    "data": "`digits` (scikit-learn's), `npz:FILE`, `folder:DIR`, `domains:PATH`, `breast_cancer`, `pydoc`, `text:PATH`, `arithmetic` or `package.module:factory`; "
+    "data": "`digits` (scikit-learn's), `npz:FILE`, `folder:DIR`, `domains:PATH`, `digit_scenes`, `masks:DIR` ([segmentation](segmentation.md)), `breast_cancer`, `pydoc`, `text:PATH`, `arithmetic` or `package.module:factory`; "
     "with arguments as for `model`",
     "pretrained": "a safetensors file with the float weights, such as `checkpoints/float.safetensors` of an earlier run; "
     "without it the float model is trained first",

@@ -100,6 +100,10 @@ def _show(result: dict[str, Any]) -> None:
         ]
         output().print(table(title, ("", ""), rows))
         return
+    if "mean_iou" in result:
+        row = ("as they are", percent(result["mean_iou"], 2), percent(result["accuracy"], 2))
+        output().print(table(_title(result), ("", "mean IoU", "pixels right"), [row]))
+        return
     output().print(table(_title(result), ("", "accuracy"), [("as it is", percent(result["accuracy"], 2))]))
 
 
@@ -111,7 +115,7 @@ def _title(result: dict[str, Any]) -> str:
 
 def _show_shifts(result: dict[str, Any]) -> None:
     """A row for each shift: float and quantized, then quantized at each severity."""
-    from bitsmith.report.shifts import rows, severities
+    from bitsmith.report.shifts import measured, rows, severities
 
     found = result["shifts"]
     columns, cells = rows(found)
@@ -121,7 +125,7 @@ def _show_shifts(result: dict[str, Any]) -> None:
     if "float" not in found["figures"]:
         notes.append("this run has not kept its float model")
     caption = "; ".join(notes)
-    output().print(table(_title(result), columns, cells, caption=caption))
+    output().print(table(f"{_title(result)}: {measured(found)}", columns, cells, caption=caption))
 
 
 def _show_answers(asked: dict[str, Any]) -> None:

@@ -77,7 +77,10 @@ def deliver(
         Event(
             "export",
             values={
-                f"{name} {key}": e[key] for name, e in exported.items() for key in measured[:1] if key in e
+                f"{name} {key.replace('_', ' ')}": e[key]
+                for name, e in exported.items()
+                for key in measured[:1]
+                if key in e
             },
         )
     )
@@ -90,7 +93,8 @@ def deliver(
     found = shifts.measure(models, {"quantized": trained}, data, asked.suite, asked.severities, plain=figures)
     shifts.write(found, models | {"quantized": trained}, data, out)
     shift = shifts.accuracies(found)
-    tell(Event("shift", values={f"{name} accuracy": each["mean"] for name, each in shift.items()}))
+    shown = data.figures[0].replace("_", " ") if "mean_iou" in data.figures else "accuracy"
+    tell(Event("shift", values={f"{name} {shown}": each["mean"] for name, each in shift.items()}))
     shift_seconds = time.perf_counter() - started
 
     metrics: dict[str, Any] = {

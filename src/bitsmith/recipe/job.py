@@ -118,7 +118,7 @@ def _run(
     post_training = data.evaluate(rounded, data.test_x, data.test_y)
     seconds["post_training"] = time.perf_counter() - started
     shown = data.figures[0]
-    tell(Event("post_training", values={f"test {shown}": post_training[shown]}))
+    tell(Event("post_training", values={f"test {shown.replace('_', ' ')}": post_training[shown]}))
 
     facts = train_quantized("qat", recipe, model, methods, float_model, data, out, tell)
     history["qat"], seconds["qat"] = facts["history"], facts["seconds"]
@@ -328,6 +328,7 @@ def _train(
         methods=methods,
         teacher=teacher,
         augment=data.augment,
+        augment_both=data.augment_both,
         validate=(lambda: data.validate(model)) if len(data.val_x) else None,
         progress=show,
         checkpoint=stage_path(out, f"{stage}_training"),

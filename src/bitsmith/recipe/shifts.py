@@ -55,11 +55,12 @@ def measure(
 
 
 def accuracies(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """What metrics.json says: {model: {shift: its accuracy, ..., "mean": ...}}; {} where nothing was
-    measured."""
+    """What metrics.json says: {model: {shift: its accuracy or mean IoU, ..., "mean": ...}}; {} where nothing
+    was measured."""
     if not found["shifts"]:
         return {}
-    return {name: figures(found["shifts"], name, over=found["severities"]) for name in found["figures"]}
+    metric = "mean_iou" if found["metric"] == "mean_iou" else "accuracy"
+    return {name: figures(found["shifts"], name, metric, found["severities"]) for name in found["figures"]}
 
 
 def write(found: Mapping[str, Any], attacked: Mapping[str, nn.Module], data: Examples, out: Path) -> None:

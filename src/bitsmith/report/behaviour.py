@@ -37,8 +37,8 @@ def traces(run: Run) -> str:
         plot = svg.lines(loss, lambda y: f"{y:.3g}", _x_label(run), _describe(name, loss, "{:.3g}"), wide)
         halves.append(f'<div class="half"><h3>{name}</h3>{plot}</div>')
     if valid:
-        name, accurate = f"Validation {by.key}", by is words.ACCURACY
-        show, form = (svg.show_percent, "{:.1%}") if accurate else (svg.show_number, "{:.3g}")
+        name = f"Validation {by.word}"
+        show, form = (svg.show_number, "{:.3g}") if by is words.LOSS else (svg.show_percent, "{:.1%}")
         plot = svg.lines(valid, show, _x_label(run), _describe(name, valid, form))
         halves.append(f'<div class="half"><h3>{name}</h3>{plot}</div>')
     if not halves:
@@ -172,7 +172,7 @@ def shift_name(shift: str) -> str:
 
 
 def shifts(run: Run) -> str:
-    """Accuracy on disturbed test images, float against quantized."""
+    """Accuracy or mean IoU on disturbed test images, float against quantized."""
     if words.measure(run) is words.LOSS:  # the shift file has the losses
         return ""
     table: Mapping[str, Mapping[str, float]] = run.metrics.get("shift") or {}
@@ -188,7 +188,8 @@ def shifts(run: Run) -> str:
             if name in values
         ]
         groups.append((shift_name(name), marks))
-    label = "Accuracy under shift: " + "; ".join(
+    title = f"{words.measure(run).title} under shift"
+    label = f"{title}: " + "; ".join(
         f"{name} {', '.join(f'{mark.label} {mark.text}' for mark in marks)}" for name, marks in groups
     )
     means = [
@@ -201,9 +202,9 @@ def shifts(run: Run) -> str:
         word = "above" if gap.startswith("+") else "below"
         number = gap.strip("+" + words.MINUS)
         note += (
-            " On average quantized is as accurate as float."
+            f" On average quantized is as {'accurate' if title.startswith('Acc') else 'good'} as float."
             if float(number) == 0
             else f" On average quantized is {number} points {word} float."
         )
     keys = page.legend([("b-float", "Float"), ("b-quant", "Quantized")])
-    return page.card("Accuracy under shift", keys + svg.bars(groups, 1.0, label), remark=note)
+    return page.card(title, keys + svg.bars(groups, 1.0, label), remark=note)

@@ -19,6 +19,7 @@ from bitsmith.report import (
     record,
     rounding,
     search,
+    segmentation,
     shifts,
     words,
 )
@@ -58,6 +59,7 @@ def render(run: Run) -> str:
             (outcome.accuracy(run), outcome.cost(run)),
             (language.figures(run),),
             (language.samples(run),),
+            *segmentation.cards(run),
             (outcome.layers(run),),
             (rounding.card(rounding.read_rounding(run.directory / rounding.FILE)),),
             (search.savings(run),),
@@ -71,12 +73,13 @@ def render(run: Run) -> str:
             *_proofs(run),
         )
     )
-    what = "Accuracies" if words.measure(run) is words.ACCURACY else "Losses"
+    what = words.measure(run).plural
     footer = (
         "Made by Bitsmith from the files in this run directory; works offline. "
         f"Bytes are decimal (1 kB = 1,000 B). {what} are of the test set unless they say validation."
     )
-    return page.document(f"{title} · {run.name}", header, body, footer, fractional.style(run) + shifts.STYLE)
+    style = fractional.style(run) + segmentation.style(run) + shifts.STYLE
+    return page.document(f"{title} · {run.name}", header, body, footer, style)
 
 
 def _proofs(run: Run) -> tuple[tuple[str, ...], ...]:

@@ -252,7 +252,7 @@ def _panel(shift: str, found: Mapping[str, Any], pictures: Pictures) -> str:
             )
             for name in names
         ]
-        show = svg.show_percent if measure is words.ACCURACY else svg.show_number
+        show = svg.show_number if measure is words.LOSS else svg.show_percent
         label = f"{title}: {measure.title.lower()} against severity; mean {said}"
         parts.append(svg.lines(curves, show, "severity", label, height=120, span=_span(found)))
     return "".join(parts) + "</div>"
@@ -309,5 +309,11 @@ def _models(found: Mapping[str, Any]) -> list[str]:
     return [name for name in MODELS if name in found["figures"]]
 
 
+def measured(found: Mapping[str, Any]) -> str:
+    """What is measured, inside a sentence: "accuracy", "mean IoU"."""
+    return _measure(found).word
+
+
 def _measure(found: Mapping[str, Any]) -> words.Measure:
-    return words.LOSS if found["metric"] == "loss" else words.ACCURACY
+    known = {measure.key: measure for measure in (words.LOSS, words.MEAN_IOU)}
+    return known.get(found["metric"], words.ACCURACY)

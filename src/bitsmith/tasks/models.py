@@ -22,9 +22,11 @@ from bitsmith.tasks.hub import load_causal_lm
 from bitsmith.tasks.llama import Llama
 from bitsmith.tasks.normalize import Normalize
 from bitsmith.tasks.resnet import ResNet, load_weights
+from bitsmith.tasks.unet import UNet
 from bitsmith.tasks.vit import VisionTransformer
 
 DIGITS_MEAN, DIGITS_STD = (0.3053,), (0.3761,)
+SCENES_MEAN, SCENES_STD = (0.3,), (0.2,)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # What files, not construction, decide: a model is rebuilt without them.
 NOT_STRUCTURE = ("weights",)
@@ -151,6 +153,21 @@ def mlp(features: int = 30, classes: int = 2, hidden: Sequence[int] = (64, 64)) 
     return model
 
 
+def unet(
+    classes: int = 11,
+    width: int = 12,
+    depth: int = 2,
+    upsampling: str = "transposed",
+    mean: Sequence[float] = SCENES_MEAN,
+    std: Sequence[float] = SCENES_STD,
+) -> nn.Module:
+    """A small U-Net, a logit for every class and pixel: 66,179 parameters; sides that 2^depth divides.
+
+    upsampling: "transposed" (convolutions) or "nearest". As many input channels as there are means.
+    """
+    return UNet(Normalize(mean, std), classes, width, depth, upsampling)
+
+
 def _resnet(
     blocks: int,
     classes: int,
@@ -199,6 +216,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "digits_vit": digits_vit,
     "mlp": mlp,
     "byte_llama": byte_llama,
+    "unet": unet,
     "resnet20": resnet20,
     "resnet32": resnet32,
     "resnet56": resnet56,

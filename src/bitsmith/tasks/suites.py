@@ -54,8 +54,11 @@ def _unknown(part: str, data: Examples, known: Sequence[Shift], where: str) -> D
     names = list(dict.fromkeys([*WHOLE, *groups, *(shift.name for shift in known)]))
     for group, (shifts, kind) in SUITES.items():
         if part == group or part in shifts:
+            what = "shift" if part in shifts else "suite"
             return DataError(
-                f"this is a shift of {kind}" if part in shifts else f"this is a suite of {kind}",
+                f"this {what} is not for these data"
+                if kind == data.unit  # a rotation moves pixels away from their labels
+                else f"this is a {what} of {kind}",
                 where=where,
                 got=f"{part} for data {data.name}, which are {data.unit}",
                 expected=listing([*WHOLE, *groups]),
