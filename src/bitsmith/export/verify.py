@@ -116,8 +116,8 @@ def _check_stored(
             _equal(name, "codes", found.codes, want)
             if found.container is not None and found.container > mean_width(site.form.bits):
                 wider[name] = f"{in_words(site.form.bits)} bits in {found.container}"
-        for part in ("scale", "zero_point"):
-            tensor = getattr(site, part)
+        for part in ("scale", "zero_point", "levels"):
+            tensor = getattr(site, part, None)  # activations have no levels
             if part == "zero_point" and isinstance(site, PackedWeight):
                 tensor = site.zero_points()
             values = getattr(found, part)

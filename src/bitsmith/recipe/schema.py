@@ -85,6 +85,12 @@ class Quantize(Section):
     calibration_samples: Annotated[int, Field(ge=1)] = 1024
 
     @model_validator(mode="after")
+    def _activations_have_their_grids(self) -> Quantize:
+        if self.activations is not None:
+            self.activations.check_kind("activation", "activations")
+        return self
+
+    @model_validator(mode="after")
     def _overrides_make_schemes(self) -> Quantize:
         for glob, changes in self.overrides.items():
             activation = glob.endswith((".input", ".left", ".right")) and self.activations is not None
