@@ -119,7 +119,7 @@ class _FakeQuantize(torch.autograd.Function):
 
         d_scale = d_exponent = d_table = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            slope = inner(g, torch.where(inside, q - u, q), s) / math.sqrt(count)
+            slope = inner(g, torch.where(inside, q - u.detach(), q), s) / math.sqrt(count)
             d_scale, d_exponent = (slope, None) if exponent is None else (None, slope * s * math.log(2))
         if ctx.needs_input_grad[3]:
             of_values = (g * s).reshape(-1) / math.sqrt(max(x.numel(), 1))
@@ -134,7 +134,8 @@ def fit(values: Tensor, grid: str, bits: int, calibration: str) -> tuple[Tensor,
 
     Powers of two, "minmax": the largest magnitude of a channel is the outermost level; "mse": the best of
     some scales by squared error. Levels: Lloyd-Max from the uniform grid of that calibration on, so that the
-    squared error is never above that one's; with "mse" scales move as well.
+    squared error is never above that one's, and from quantiles, as levels may be empty there; the better one.
+    With "mse" scales move as well.
     """
     x = values.float()
     if grid == "powers_of_two":
@@ -142,10 +143,13 @@ def fit(values: Tensor, grid: str, bits: int, calibration: str) -> tuple[Tensor,
         largest = x.abs().amax(1)
         return (_usable(largest) if calibration == "minmax" else best_scale(x, table)), table
     low, high, _ = bounds("symmetric", bits)
-    scale, _ = calibrate_uniform("minmax" if calibration == "minmax" else "mse", x, low, high)
-    table = torch.arange(low, high + 1, dtype=torch.float32, device=x.device)
-    table, scale = lloyd_max(x, scale, table, scales=calibration == "mse")
-    reach = table.abs().max()
+    scale, _ = calibrate_uniform(calibration, x, low, high)
+    even = torch.arange(low, high + 1, dtype=torch.float32, device=x.device)
+    spread = (_sampled(x) / scale[:, None]).flatten().sort().values
+    middles = (2 * torch.arange(len(even), device=x.device) + 1) * len(spread) // (2 * len(even))
+    found = [lloyd_max(x, scale, t, scales=calibration == "mse") for t in (even, spread[middles])]
+    table, scale = min(found, key=lambda one: float(_errors(x, one[1], one[0]).sum()))
+    reach = table.abs().max().clamp(min=SMALLEST)
     return _usable(scale * reach), table / reach
 
 
@@ -157,9 +161,7 @@ def best_scale(x: Tensor, table: Tensor) -> Tensor:
     for exponent in EXPONENTS:
         scale = largest * 2**-exponent
         for trial in (scale, refitted(x, scale, table)):
-            error = (
-                (dequantize(quantize(x, trial[:, None], table), trial[:, None], table) - x).square().sum(1)
-            )
+            error = _errors(x, trial, table)
             best, least = torch.where(error < least, trial, best), torch.minimum(error, least)
     return best
 
@@ -176,7 +178,7 @@ def lloyd_max(x: Tensor, scale: Tensor, table: Tensor, *, scales: bool = True) -
     """(table, scale) from those given on: codes, levels and scales in turn, each the best for the other two,
     so that the squared error falls. x (channels, n); of a level: sum of s x over sum of s^2 of its values.
     """
-    at = x[:, :: math.ceil(x.numel() / SAMPLE)] if x.numel() else x
+    at = _sampled(x)
     for _ in range(ROUNDS):
         codes = quantize(at, scale[:, None], table).reshape(-1)
         s = scale[:, None].expand_as(at)
@@ -187,6 +189,16 @@ def lloyd_max(x: Tensor, scale: Tensor, table: Tensor, *, scales: bool = True) -
         if scales:
             scale = refitted(x, scale, table)
     return table, scale
+
+
+def _errors(x: Tensor, scale: Tensor, table: Tensor) -> Tensor:
+    """Squared error of each channel of x (channels, n): (channels,)."""
+    return (dequantize(quantize(x, scale[:, None], table), scale[:, None], table) - x).square().sum(1)
+
+
+def _sampled(x: Tensor) -> Tensor:
+    """Of each channel every n-th value, about SAMPLE in all."""
+    return x[:, :: max(1, math.ceil(x.numel() / SAMPLE))]
 
 
 def _usable(scale: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 K rows, one per candidate width (a fixed width has K = 1): a learnable `range` that starts at 0, a calibrated
 `base_scale`, and the levels `low` .. `high` (+ `half_step`) of the row's grid, all (K, C) for C scales. The
 scale is base_scale * 2^range. A grid that is a table of levels (numerics.levels) has one for each row:
-`table` where calibration put it, plus `table_shift`, what training made of it; low .. high are then its codes. Here
-rows are made, calibrated, committed, dropped and read; quantizer.Quantizer computes with them.
+`table` where calibration put it, plus `table_shift`, what training made of it; low .. high are then its
+codes. Here rows are made, calibrated, committed, dropped and read; quantizer.Quantizer computes with them.
 
 Differences from the well-known implementations: no "initialised" flag and no state born in forward (an
 uncalibrated site has base_scale NaN, gives NaN, and is refused by `check_calibrated`); low and high are
