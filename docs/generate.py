@@ -90,7 +90,8 @@ MEANING = {
     "scheme.group_size": "values per group, with `granularity: group`; the last of a row may be ragged where the target "
     "holds that",
     "scheme.grid": "which values a code stands for; `auto`: by bit-width and by what calibration sees, never asymmetric "
-    "where the range is dynamic",
+    "where the range is dynamic; `powers_of_two` and `levels` are for weights of 2 to 4 bits: "
+    "[non-uniform grids](non_uniform.md)",
     "scheme.range": "where the scale comes from: learned (`lsq`, `lsq+`, `pact`), from the weights (`dorefa`), as "
     "calibrated (`static`), or from each tensor as it comes (`dynamic`)",
     "scheme.calibration": "where the scale starts",
@@ -100,7 +101,7 @@ MEANING = {
     "train.optimizer": "AdamW, or SGD with momentum",
     "train.learning_rate": "the peak rate",
     "train.weight_decay": "on weights; never on biases, norms and ranges",
-    "train.range_learning_rate_factor": "learned ranges train at `learning_rate` times this",
+    "train.range_learning_rate_factor": "learned ranges and levels train at `learning_rate` times this",
     "train.schedule": "of the learning rate; `wsd` is warm-up, stable, decay",
     "train.warmup": "share of the steps in which the rate rises",
     "train.cooldown": "share of the steps in which `wsd` decays",

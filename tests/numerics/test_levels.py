@@ -126,7 +126,8 @@ def test_on_even_levels_it_is_the_affine_quantizer(estimator: str) -> None:
             table, last = torch.arange(-4.0, 4.0), torch.tensor([7.0])
             y = fake_quantize(v, scale, table, last, exponent=exponent, estimator=estimator, count=40)
         y.backward(g)
-        assert v.grad is not None and exponent.grad is not None
+        assert v.grad is not None
+        assert exponent.grad is not None
         # LSQ's factor has the highest level in it, which is 1 in a table.
         results.append((y.detach(), v.grad, exponent.grad * (math.sqrt(3) if even else 1)))
     assert torch.equal(results[0][0], results[1][0])
@@ -169,7 +170,7 @@ def test_gradients_of_first_and_second_order_are_those_of_the_plain_formula() ->
 
 
 def test_level_and_outer_scale_gradients_are_finite_differences() -> None:
-    """Where no value changes its level, the loss is linear in every level; beyond the ends in the scale too."""
+    """Where no value changes its level, the loss is linear in every level; beyond the ends in the scale."""
     x, g, step = noise(4, 50).double(), noise(4, 50, seed=1).double(), 1e-6
     scale, last = torch.full((4, 1), 0.7, dtype=torch.float64), torch.tensor([7.0])
     table = TABLE.double().requires_grad_()
@@ -254,7 +255,9 @@ def test_the_scale_of_powers_of_two_is_about_the_best_there_is(bits: int) -> Non
 @pytest.mark.parametrize("calibration", ["mse", "minmax"])
 def test_a_channel_of_zeros_has_a_scale(grid: str, calibration: str) -> None:
     scale, table = fit(torch.stack([torch.zeros(9), torch.arange(9.0)]), grid, 3, calibration)
-    assert (scale > 0).all() and scale.isfinite().all() and table.isfinite().all()
+    assert (scale > 0).all()
+    assert scale.isfinite().all()
+    assert table.isfinite().all()
     assert float(scale[0]) < 1e-6 < float(scale[1])
 
 

@@ -5,9 +5,9 @@
     powers_of_two    0 and +-2^-k, k = 0 .. 2^(b-1) - 2         2 bits -1 0 1; 3 bits 0 +-1/4 +-1/2 +-1
     levels           2^b numbers that start where Lloyd-Max puts them and train with the weights
 
-Powers of two are those of APoT (1909.13144, section 2.2) as its code has them (one term): 0 and as many
+Powers of two are those of APoT (1909.13144) as its code has them (one term): 0 and as many
 magnitudes as fit b bits with a sign, 2^b - 1 levels. Its equation counts one magnitude more, 2^b + 1 levels,
-which fit no b bits; INQ (1702.03044, eq. 1) spends one bit on zero and has half as many. A weight times an
+which fit no b bits; INQ (1702.03044) spends one bit on zero and has half as many. A weight times an
 input is a shift; but more bits only add levels near 0 (the paper's "rigid resolution"), which is why the
 widths end at 4. Learned levels are LQ-Nets' (1807.10029) and LCQ's aim; here they are free numbers, not sums
 of a basis or a compressing curve, and follow the loss by their gradient.
@@ -186,6 +186,7 @@ def lloyd_max(x: Tensor, scale: Tensor, table: Tensor, *, scales: bool = True) -
         weight.index_add_(0, codes, s.reshape(-1).double().square())
         total.index_add_(0, codes, (s * at).reshape(-1).double())
         table = torch.where(weight > 0, total / weight, table.double()).float()  # an empty one stays
+        table = table.sort().values  # equal levels may have been rounded apart
         if scales:
             scale = refitted(x, scale, table)
     return table, scale
