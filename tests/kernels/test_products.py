@@ -15,7 +15,7 @@ from tests.kernels.shapes import FILLS, SHAPES, filled, integers
 
 WIDTHS = st.integers(1, 8)
 SEEDS = st.integers(0, 2**16)
-few = settings(max_examples=25, deadline=None)
+few = settings(max_examples=20, deadline=None)
 
 
 @few
