@@ -1,4 +1,5 @@
-"""Products of integers: every backend gives the integers of the definition, and floats rounded in one order."""
+"""Products of integers: every backend gives the integers of the definition, and floats rounded in one
+order."""
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ few = settings(max_examples=20, deadline=None)
 
 @few
 @given(SHAPES, WIDTHS, FILLS, FILLS, st.integers(-255, 255), SEEDS)
-def test_integers_are_those_of_the_definition(backend: Backend, shape, bits, left, right, offset, seed) -> None:
+def test_integers_are_those_of_the_definition(
+    backend: Backend, shape, bits, left, right, offset, seed
+) -> None:
     m, k, n = shape
     a = filled((m, k), -128, 127, torch.int8, left, seed)
     codes = filled((n, k), 0, 2**bits - 1, torch.uint8, right, seed + 1)
@@ -94,7 +97,9 @@ def test_codes_of_four_bits_are_read_two_in_a_byte(backend: Backend, shape, low,
 
 @few
 @given(SHAPES, FILLS, SEEDS)
-def test_gradients_of_a_linear_layer_are_products_of_transposed_bytes(backend: Backend, shape, fill, seed) -> None:
+def test_gradients_of_a_linear_layer_are_products_of_transposed_bytes(
+    backend: Backend, shape, fill, seed
+) -> None:
     """y = x w: dx = dy w (m, n) (n, k) and dw = dy x (n, m) (m, k), from row-major bytes without copies."""
     m, k, n = shape
     dy = filled((m, n), -128, 127, torch.int8, fill, seed)
@@ -147,5 +152,5 @@ def test_a_packed_weight_takes_its_bits() -> None:
 @pytest.mark.parametrize("k", [31, 40000])
 def test_operands_that_do_not_fit_are_refused(backend: Backend, k: int) -> None:
     weight = backend.pack(torch.zeros(4, 40000, dtype=torch.uint8), 2)
-    with pytest.raises(ValueError, match="do not meet|32768"):
+    with pytest.raises(ValueError, match=r"do not meet|32768"):
         backend.sums(Activations(torch.zeros(2, k, dtype=torch.int8)), weight)

@@ -12,7 +12,9 @@ from bitsmith.numerics.rounding import hash_uniform
 
 few = settings(max_examples=40, deadline=None)
 SEEDS = st.integers(0, 2**16)
-GRIDS = st.sampled_from([(-128, 127, 0.0), (-127, 127, 0.0), (-8, 7, 0.0), (-2, 1, 0.5), (0, 255, 0.0), (0, 15, 0.0)])
+GRIDS = st.sampled_from(
+    [(-128, 127, 0.0), (-127, 127, 0.0), (-8, 7, 0.0), (-2, 1, 0.5), (0, 255, 0.0), (0, 15, 0.0)]
+)
 
 
 def values(m: int, k: int, seed: int) -> torch.Tensor:

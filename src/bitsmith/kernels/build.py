@@ -1,9 +1,10 @@
 """Compiling the library at its first use, into the user's cache.
 
-A file is named by what it was made from (sources, flags, compiler, processor) and by its own sha256: it appears
-in one step under its final name, two processes that build at once make two files of which each is good, and a
-damaged file does not fit its name and is built anew. The folder must belong to the user alone, because what lies
-there is executed. Every failure is a NotBuilt that says why; whoever asked falls back to torch.
+A file is named by what it was made from (sources, flags, compiler, processor) and by its own sha256: it
+appears in one step under its final name, two processes that build at once make two files of which each is
+good, and a damaged file does not fit its name and is built anew. The folder must belong to the user alone,
+because what lies there is executed. Every failure is a NotBuilt that says why; whoever asked falls back to
+torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Which products of integers run here: the library for the best instruction set, or torch's operators.
 
-    BITSMITH_KERNELS   an instruction set (avx512vnni, avxvnni, avx2, neon, portable), or `torch`; default: the best
-    BITSMITH_CACHE     where libraries are built (else $XDG_CACHE_HOME/bitsmith, else ~/.cache/bitsmith)
+    BITSMITH_KERNELS   an instruction set (avx512vnni, avxvnni, avx2, neon, portable), or `torch`; default:
+    the best BITSMITH_CACHE     where libraries are built (else $XDG_CACHE_HOME/bitsmith, else
+    ~/.cache/bitsmith)
 
 What fails (no compiler, a cache that cannot be written, wrong integers in the self-test) is said once, as a
 warning, and stands in `describe()`, which `bitsmith inspect --system` shows.
@@ -50,7 +51,8 @@ def best() -> Backend:
 
 @functools.cache
 def native(instruction_set: InstructionSet) -> Native:
-    """The library for one instruction set of `instruction_sets()`, built, loaded and tested. Raises NotBuilt."""
+    """The library for one instruction set of `instruction_sets()`, built, loaded and tested. Raises
+    NotBuilt."""
     path = built(instruction_set)
     try:
         library = Native(path, instruction_set)

@@ -59,11 +59,12 @@ class Geometry:
         empty: int = 0,
     ) -> Geometry:
         """Of a convolution itself: pixel = y * stride + tap * dilation - padding."""
-        out = [
+        rows, columns = (
             (size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
-        ]
+        )
+        shift = (-padding[0], -padding[1])
         return cls(
-            *size, channels, pixel, *out, *kernel, *stride, 1, 1, *dilation, -padding[0], -padding[1], empty
+            *size, channels, pixel, rows, columns, *kernel, *stride, 1, 1, *dilation, *shift, empty=empty
         )
 
     @classmethod
@@ -77,8 +78,8 @@ class Geometry:
         padding: tuple[int, int],
         dilation: tuple[int, int],
     ) -> Geometry:
-        """Of the gradient of an input of ``size``, read from one of ``gradient``: pixel = (y + padding - tap *
-        dilation) / stride where that is whole."""
+        """Of the gradient of an input of ``size``, read from one of ``gradient``: pixel = (y + padding -
+        tap * dilation) / stride where that is whole."""
         backward = (-dilation[0], -dilation[1])
         return cls(*gradient, channels, channels, *size, *kernel, 1, 1, *stride, *backward, *padding)
 

@@ -1,7 +1,7 @@
 """The compiled library, called through ctypes on the memory of tensors: it knows nothing of torch's ABI.
 
-Tensors are on the CPU and their shapes are checked here, as the C code checks nothing. A call releases the GIL;
-the library uses as many threads as torch does.
+Tensors are on the CPU and their shapes are checked here, as the C code checks nothing. A call releases the
+GIL; the library uses as many threads as torch does.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ class Native:
         half: bool = False,
         scale: Tensor | None = None,
     ) -> Weight:
-        """Codes (n, k), uint8 from 0 (or int8 at 8 bits, which are shifted by 128) with any strides, packed."""
+        """Codes (n, k), uint8 from 0 (or int8 at 8 bits, which are shifted by 128) with any strides,
+        packed."""
         n, k = codes.shape
         size = max(1, min(group_size or k, k))
         flip = 0
@@ -119,13 +120,12 @@ class Native:
         return codes
 
     def decode(self, stream: Tensor, bits: int, count: int, start: int = 0) -> Tensor:
-        """``count`` codes of a dense bit stream (numerics.pack), from bit ``start``: uint8 (count,), from 0."""
+        """``count`` codes of a dense bit stream (numerics.pack), from bit ``start``: uint8 (count,), from
+        0."""
         if not 0 <= start + bits * count <= 8 * stream.numel():
             raise ValueError(f"{count} codes of {bits} bits from bit {start} leave {stream.numel()} bytes")
         codes = torch.empty(count, dtype=torch.uint8)
-        self._c["decode"](
-            _pointer(stream, torch.uint8), stream.numel(), start, bits, count, _pointer(codes)
-        )
+        self._c["decode"](_pointer(stream, torch.uint8), stream.numel(), start, bits, count, _pointer(codes))
         return codes
 
     def sums(self, x: Activations, weight: Weight, out: Tensor | None = None) -> Tensor:
@@ -205,12 +205,15 @@ class Native:
             raise MemoryError("no memory for a product of integers")
         return out
 
-    def convolve(self, x: Activations, weight: Weight, geometry: Geometry) -> Tensor:
-        """The integers of a convolution, int32 (batch * rows * columns, n), of an image (batch, height, width,
-        channels) of codes, contiguous but for its channels; weight (n, taps y * taps x * channels)."""
-        assert isinstance(x.zero_point, int)
-        out = torch.empty(geometry.row_count(x.codes), weight.shape[0], dtype=torch.int32)
-        return self._product(x, weight, out, None, _SUMS, geometry=geometry)
+    def convolve(
+        self, x: Activations, weight: Weight, geometry: Geometry, bias: Tensor | None = None
+    ) -> Tensor:
+        """A convolution of codes (batch, height, width, channels), contiguous but for a slice of channels,
+        with one zero point; weight (n, taps y * taps x * channels). (batch * rows * columns, n): float32
+        values where the weight has a scale, else int32."""
+        kind, dtype = (_SUMS, torch.int32) if weight.scale is None else (_FLOATS, torch.float32)
+        out = torch.empty(geometry.row_count(x.codes), weight.shape[0], dtype=dtype)
+        return self._product(x, weight, out, bias, kind, geometry=geometry)
 
     def rows(self, image: Tensor, geometry: Geometry, first: int, count: int) -> Tensor:
         """Rows [first, first + count) of a convolution's matrix, of the image's dtype."""
@@ -232,8 +235,8 @@ class Native:
         half: float = 0.0,
         asymmetric: bool = False,
     ) -> Activations:
-        """Codes of x (m, k); a scale, and on an ``asymmetric`` grid a zero point, for each row where ``scale``
-        (1,) is not given."""
+        """Codes of x (m, k); a scale, and on an ``asymmetric`` grid a zero point, for each row where
+        ``scale`` (1,) is not given."""
         m, k = x.shape
         values = x.float().contiguous()
         codes = torch.empty(m, k, dtype=torch.uint8 if low >= 0 else torch.int8)

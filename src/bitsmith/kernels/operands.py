@@ -3,8 +3,8 @@
     integer (m, n) = sum over k of (activation (m, k) - zero_point (m)) * (code (n, k) * factor + offset (n))
     value   (m, n) = (sum over groups of integer * scale (n, group)) * row_scale (m) + bias (n)
 
-Codes of weights count from 0. ``factor`` is 2 where a grid has no zero (numerics.grid, `seq`): then levels are
-halves, and scales half as large.
+Codes of weights count from 0. ``factor`` is 2 where a grid has no zero (numerics.grid, `seq`): then levels
+are halves, and scales half as large.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Weight:
 
 @dataclass(frozen=True)
 class Codes:
-    """Results as codes: clamp(round(value / scale - half) + zero_point, low, high), int8, or uint8 where low is
-    0; ``packed``: 4-bit ones two in a byte, as `Activations.packed`."""
+    """Results as codes: clamp(round(value / scale - half) + zero_point, low, high), int8, or uint8 where
+    low is 0; ``packed``: 4-bit ones two in a byte, as `Activations.packed`."""
 
     scale: float
     low: int
@@ -97,8 +97,9 @@ def unpack_nibbles(packed: Tensor, k: int, low: int) -> Tensor:
 def weight_parameters(
     codes: Tensor, group_size: int, offset: Tensor | int, half: bool, sums: Tensor | None = None
 ) -> tuple[int, int, Tensor | None, Tensor]:
-    """(factor, low, offset, column_sum) of `Weight` for codes (n, k) from 0, of which ``offset`` (one for all or
-    (n, groups)) and ``half`` a step make levels. sums: of the codes by channel and group, where known."""
+    """(factor, low, offset, column_sum) of `Weight` for codes (n, k) from 0, of which ``offset`` (one for
+    all or (n, groups)) and ``half`` a step make levels. sums: of the codes by channel and group, where
+    known."""
     (n, k), factor = codes.shape, 2 if half else 1
     starts = range(0, max(k, 1), group_size)
     if sums is None:

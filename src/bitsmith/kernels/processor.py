@@ -48,7 +48,8 @@ def _flags() -> set[str]:
 
 
 def processor() -> str:
-    """A digest of what tells this kind of processor from another: what was built or timed is kept under it."""
+    """A digest of what tells this kind of processor from another: what was built or timed is kept under
+    it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(errors="replace").splitlines() if info.exists() else []
     keys = ("model name", "flags", "Features", "CPU part")

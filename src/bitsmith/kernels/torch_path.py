@@ -37,9 +37,7 @@ class TorchPath:
 
     name = "torch"
 
-    def __init__(
-        self, product_for: Callable[[int], ByteProduct] = _float_blocks, reason: str = ""
-    ) -> None:
+    def __init__(self, product_for: Callable[[int], ByteProduct] = _float_blocks, reason: str = "") -> None:
         """``reason``: why no library runs instead, for the user."""
         self.product_for, self.reason = product_for, reason
 
@@ -112,17 +110,22 @@ class TorchPath:
         a = a[:, at]
         row_sum = a.sum(1, dtype=torch.int32, keepdim=True)
         moved = 128 if weight.bits == 8 else 0
-        sums = self.product_for(weight.bits)(a, weight.data[:, at]) if n and k else row_sum.new_zeros(len(a), n)
+        sums = (
+            self.product_for(weight.bits)(a, weight.data[:, at]) if n and k else row_sum.new_zeros(len(a), n)
+        )
         offset = weight.low if weight.offset is None else weight.by_channel(weight.offset)[:, group]
         sums = (sums + moved * row_sum) * weight.factor + offset * row_sum
         if isinstance(zero, Tensor):
             zero = zero.reshape(-1, 1)
         return (sums - zero * weight.by_channel(weight.column_sum)[:, group]).to(torch.int32)
 
-    def convolve(self, x: Activations, weight: Weight, geometry: Geometry) -> Tensor:
+    def convolve(
+        self, x: Activations, weight: Weight, geometry: Geometry, bias: Tensor | None = None
+    ) -> Tensor:
         """As `Native.convolve`."""
         rows = self.rows(x.codes, geometry, 0, geometry.row_count(x.codes))
-        return self.sums(Activations(rows, x.zero_point), weight)
+        operand = Activations(rows, x.zero_point, x.row_scale)
+        return self.sums(operand, weight) if weight.scale is None else self.values(operand, weight, bias)
 
     def rows(self, image: Tensor, geometry: Geometry, first: int, count: int) -> Tensor:
         """As `Native.rows`, by indices."""
@@ -159,8 +162,8 @@ class TorchPath:
             made = quantize(values, scale.reshape(1), low, high, half, zero)
             return Activations(made.to(dtype), zero, scale.float().reshape(1))
         if not x.numel():
-            zeros = torch.zeros(len(x), dtype=torch.int32) if asymmetric else zero
-            return Activations(torch.empty(x.shape, dtype=dtype), zeros, torch.full((len(x),), SMALLEST_STEP))
+            none: Tensor | int = torch.zeros(len(x), dtype=torch.int32) if asymmetric else zero
+            return Activations(torch.empty(x.shape, dtype=dtype), none, torch.full((len(x),), SMALLEST_STEP))
         found, zeros = range_of(values, [1], low, high, half, asymmetric)
         made = quantize(values, found, low, high, half, 0.0 if zeros is None else zeros)
         point = zero if zeros is None else zeros.to(torch.int32).reshape(-1)

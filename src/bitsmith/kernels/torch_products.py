@@ -1,8 +1,8 @@
 """Ways to multiply bytes exactly with what torch has: a (m, k) int8 times b (n, k) int8, as int32.
 
 Which of them is exact, and which fast, depends on the processor and on the build of torch: some add pairs of
-products in 16 bits and saturate, silently. So each is tried here against int64 on operands that would betray it,
-and only those that pass are timed (choose.py keeps the answer).
+products in 16 bits and saturate, silently. So each is tried here against int64 on operands that would
+betray it, and only those that pass are timed (choose.py keeps the answer).
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ ByteProduct = Callable[[Tensor, Tensor], Tensor]
 def by_int_mm(a: Tensor, b: Tensor) -> Tensor:
     """torch._int_mm: oneDNN's int8 product with VNNI; a slow loop without.
 
-    The stride of an axis of length 1 may be anything, and as a leading dimension oneDNN refuses it, which torch
-    2.13 does not notice: the result is what the memory held (pytorch issue 195066). So strides are set here.
+    The stride of an axis of length 1 may be anything, and as a leading dimension oneDNN refuses it, which
+    torch 2.13 does not notice: the result is what the memory held (pytorch issue 195066). So strides are
+    set here.
     """
     (m, k), n = a.shape, len(b)
     left, right = a.contiguous().as_strided((m, k), (k, 1)), b.contiguous()
@@ -61,8 +62,8 @@ PRODUCTS: dict[str, ByteProduct] = {
 
 
 def is_exact(product: ByteProduct, bits: int) -> bool:
-    """Whether ``product`` is right for int8 activations and codes of ``bits`` (those of 8 bits are moved to be
-    signed), at the extremes and at random, over odd shapes; an error of its is a no."""
+    """Whether ``product`` is right for int8 activations and codes of ``bits`` (those of 8 bits are moved to
+    be signed), at the extremes and at random, over odd shapes; an error of its is a no."""
     generator = torch.Generator().manual_seed(bits)
     low, high = (-128, 127) if bits == 8 else (0, 2**bits - 1)
     for m, k, n in ((1, 1, 2), (3, 2, 1), (1, 64, 16), (5, 33, 7), (33, 257, 65), (2, 1500, 18)):
@@ -96,8 +97,8 @@ def seconds(product: ByteProduct, m: int, k: int = 256, n: int = 256, rounds: in
 
 
 def fastest(bits: int) -> str:
-    """The fastest exact product for codes of ``bits``, by name; a way that takes ten times the float products'
-    time is not timed twice."""
+    """The fastest exact product for codes of ``bits``, by name; a way that takes ten times the float
+    products' time is not timed twice."""
     best, least = "float_blocks", seconds(by_float_blocks, 64)
     for name in ("int_mm", "quantized_linear"):
         if not is_exact(PRODUCTS[name], bits):
