@@ -1,7 +1,7 @@
 /* The product of activations and packed weights: how it is cut into pieces that fit the caches, and its epilogue.
 
    A task is a block of rows times a range of panels. Its rows are copied once into a form that all instruction sets
-   share (signed bytes, groups padded, chunks of 1024 inputs, a fixed stride), with their sums; then each strip of
+   share (signed bytes, groups padded, chunks of 512 inputs, a fixed stride), with their sums; then each strip of
    panels is unpacked into L1 chunk by chunk and multiplied with all rows. Few rows skip the unpacking (`vector`). */
 #include "kernels.h"
 #include <stdlib.h>
@@ -43,7 +43,6 @@ typedef struct {
 static void fetch(const plan *t, int64_t row, uint8_t *line) {
     const product *p = t->p;
     const uint8_t *from = p->a + row * p->a_row;
-    uint8_t flip = p->a_kind == UINT8 ? 0x80 : 0;
     if (p->picture)
         image_row(p->picture, p->a, row, line);
     else if (p->a_kind == NIBBLES)
@@ -54,12 +53,13 @@ static void fetch(const plan *t, int64_t row, uint8_t *line) {
     else
         for (int64_t k = 0; k < p->k; k++)
             line[k] = from[k * p->a_column];
-    for (int64_t k = 0; k < p->k; k++)
-        line[k] ^= flip;
+    for (int64_t k = 0; k < p->k && p->a_kind == UINT8; k++)
+        line[k] ^= 0x80;
     int64_t whole = padded(p->group, p->group);
     for (int64_t g = t->groups - 1; g >= 0; g--) {  /* from the back, as groups only move back */
         int64_t size = minimum(p->group, p->k - g * p->group), end = minimum((g + 1) * whole, t->stored);
-        memmove(line + g * whole, line + g * p->group, size);
+        if (whole != p->group)
+            memmove(line + g * whole, line + g * p->group, size);
         memset(line + g * whole + size, 0, end - g * whole - size);
     }
 }
@@ -97,11 +97,11 @@ static void pack_rows(const plan *t, workspace *s) {
     }
 }
 
-INLINE void store(const product *p, int64_t row, int64_t column, const float *y, int64_t count) {
-    if (p->out_kind == FLOATS) {
-        memcpy((float *)p->out + row * p->out_row + column, y, count * sizeof *y);
-        return;
-    }
+/* Vectors of a panel's channels; the compiler cuts them to the width of the machine. */
+typedef int32_t ints __attribute__((vector_size(PANEL * 4)));
+typedef float floats __attribute__((vector_size(PANEL * 4), may_alias));
+
+static void store_codes(const product *p, int64_t row, int64_t column, const float *y, int64_t count) {
     float low = (float)p->out_low, high = (float)p->out_high, zero = (float)p->out_zero;
     uint8_t code[PANEL];
     for (int j = 0; j < PANEL; j++) {
@@ -120,51 +120,96 @@ INLINE void store(const product *p, int64_t row, int64_t column, const float *y,
         to[j / 2] = (uint8_t)((code[j] - p->out_low) | (code[j + 1] - p->out_low) << 4);
 }
 
-/* A group's sums of all rows and one panel: corrected, and after the last group given out. */
-static void finish(const plan *t, workspace *s, int64_t panel, int64_t group, int32_t *acc, float *total) {
+INLINE void give_out(void *to, const void *from, int64_t count) {
+    if (count == PANEL)
+        memcpy(to, from, PANEL * 4);
+    else
+        memcpy(to, from, count * 4);
+}
+
+/* A group's sums of all rows and a strip of panels: corrected, added to the groups before, given out after the last.
+   plain: nothing but the rows' sums corrects them, and by one number for all channels. */
+INLINE void finish_as(const int plain, const int kind, const int first, const int last, const plan *t,
+                      const workspace *s, int64_t strip, int panels, int64_t group) {
     const product *p = t->p;
-    int64_t at = (panel * t->groups + group) * PANEL, column = panel * PANEL, count = minimum(PANEL, p->n - column);
-    int32_t offset[PANEL], columns[PANEL] = {0}, factor = (int32_t)p->factor;
-    float scale[PANEL] = {0}, bias[PANEL] = {0};
-    int32_t shift = p->bits == 8 ? BYTE_BIAS * factor : 0, moved = p->a_kind == UINT8 ? 128 : 0;
-    for (int j = 0; j < PANEL; j++)
-        offset[j] = (p->offset ? p->offset[at + j] : (int32_t)p->low) + shift;
-    if (p->column_sum)
-        memcpy(columns, p->column_sum + at, sizeof columns);
-    if (p->scale)
-        memcpy(scale, p->scale + at, sizeof scale);
-    if (p->bias)
-        memcpy(bias, p->bias + column, count * sizeof *bias);
-    for (int64_t r = 0; r < s->rows; r++, acc += STRIP * PANEL, total += STRIP * PANEL) {
-        int64_t row = s->first + r;
-        int32_t row_sum = s->sums[r * t->groups + group];
-        int32_t zero = (p->row_zero ? p->row_zero[row] : (int32_t)p->zero) - moved;
-        int32_t sum[PANEL];
-        for (int j = 0; j < PANEL; j++)
-            sum[j] = factor * acc[j] + offset[j] * row_sum - zero * columns[j];
-        if (p->out_kind == SUMS) {
-            int32_t *to = (int32_t *)p->out + row * p->out_row + column;
-            if (p->accumulate)
-                for (int64_t j = 0; j < count; j++)
-                    to[j] += sum[j];
-            else
-                memcpy(to, sum, count * sizeof *sum);
-            continue;
+    const int64_t rows = s->rows, groups = t->groups, out_row = p->out_row;
+    const int32_t factor = (int32_t)p->factor, moved = p->a_kind == UINT8 ? 128 : 0;
+    const int32_t shift = p->bits == 8 ? BYTE_BIAS * factor : 0, low = (int32_t)p->low + shift;
+    const int32_t *acc = s->acc;
+    float *total = s->total;
+    ints offset[STRIP] = {{0}}, columns[STRIP] = {{0}}, sum;
+    floats scale[STRIP] = {{0}}, bias[STRIP] = {{0}}, y;
+    for (int i = 0; i < panels; i++) {
+        const int64_t at = ((strip + i) * groups + group) * PANEL, column = (strip + i) * PANEL;
+        offset[i] += low;
+        if (p->offset) {
+            memcpy(&offset[i], p->offset + at, sizeof *offset);
+            offset[i] += shift;
         }
-        float y[PANEL], token = p->row_scale ? p->row_scale[row] : 1.0f;
-        for (int j = 0; j < PANEL; j++)
-            y[j] = (float)sum[j] * scale[j];
-        if (group)
-            for (int j = 0; j < PANEL; j++)
-                y[j] += total[j];
-        if (group < t->groups - 1) {
-            memcpy(total, y, sizeof y);
-            continue;
-        }
-        for (int j = 0; j < PANEL; j++)
-            y[j] = y[j] * token + bias[j];
-        store(p, row, column, y, count);
+        if (p->column_sum)
+            memcpy(&columns[i], p->column_sum + at, sizeof *columns);
+        if (p->scale)
+            memcpy(&scale[i], p->scale + at, sizeof *scale);
+        if (p->bias)
+            memcpy(&bias[i], p->bias + column, minimum(PANEL, p->n - column) * sizeof *p->bias);
     }
+    for (int64_t r = 0; r < rows; r++, acc += STRIP * PANEL, total += STRIP * PANEL) {
+        const int64_t row = s->first + r;
+        const int32_t row_sum = s->sums[r * groups + group];
+        const int32_t zero = (p->row_zero ? p->row_zero[row] : (int32_t)p->zero) - moved;
+        const float row_scale = p->row_scale ? p->row_scale[row] : 1.0f;
+        for (int i = 0; i < panels; i++) {
+            const int64_t column = (strip + i) * PANEL, count = minimum(PANEL, p->n - column);
+            memcpy(&sum, acc + i * PANEL, sizeof sum);
+            if (plain)
+                sum += low * row_sum;
+            else
+                sum = factor * sum + offset[i] * row_sum - zero * columns[i];
+            if (kind == SUMS) {
+                int32_t *to = (int32_t *)p->out + row * out_row + column;
+                for (int64_t j = 0; j < count && p->accumulate; j++)
+                    sum[j] += to[j];
+                give_out(to, &sum, count);
+                continue;
+            }
+            y = __builtin_convertvector(sum, floats) * scale[i];
+            if (!first)
+                y += *(const floats *)(total + i * PANEL);
+            if (!last) {
+                *(floats *)(total + i * PANEL) = y;
+                continue;
+            }
+            y *= row_scale;
+            y += bias[i];
+            if (kind == FLOATS)
+                give_out((float *)p->out + row * out_row + column, &y, count);
+            else
+                store_codes(p, row, column, (const float *)&y, count);
+        }
+    }
+}
+
+INLINE void finish_kind(const int plain, const plan *t, const workspace *s, int64_t strip, int panels, int64_t group) {
+    int first = !group, last = group == t->groups - 1;
+    if (t->p->out_kind == SUMS)
+        finish_as(plain, SUMS, 1, 1, t, s, strip, panels, group);
+    else if (first && !last)
+        finish_as(plain, FLOATS, 1, 0, t, s, strip, panels, group);
+    else if (!last)
+        finish_as(plain, FLOATS, 0, 0, t, s, strip, panels, group);
+    else if (t->p->out_kind == FLOATS && first)
+        finish_as(plain, FLOATS, 1, 1, t, s, strip, panels, group);
+    else if (t->p->out_kind == FLOATS)
+        finish_as(plain, FLOATS, 0, 1, t, s, strip, panels, group);
+    else
+        finish_as(plain, CODES, first, 1, t, s, strip, panels, group);
+}
+
+static void finish(const plan *t, const workspace *s, int64_t strip, int panels, int64_t group) {
+    if (t->p->offset || t->p->column_sum || t->p->factor != 1)
+        finish_kind(0, t, s, strip, panels, group);
+    else
+        finish_kind(1, t, s, strip, panels, group);
 }
 
 static void strip(const plan *t, workspace *s, int64_t first, int panels) {
@@ -193,13 +238,12 @@ static void strip(const plan *t, workspace *s, int64_t first, int panels) {
                 int64_t tiles = (s->rows + TILE_ROWS - 1) / TILE_ROWS, each = (s->rows + tiles - 1) / tiles;
                 for (int64_t r = 0; r < s->rows; r += each)
                     tile(bits, (int)minimum(each, s->rows - r), some, a + r * STRIDE * t->width, codes, next_panel,
-                         blocks * 8, (int)fresh, s->acc + r * STRIP * PANEL + q * PANEL, STRIP * PANEL);
+                         blocks, (int)fresh, s->acc + r * STRIP * PANEL + q * PANEL, STRIP * PANEL);
             }
         }
         fresh = end == group_end;
         if (fresh)
-            for (int i = 0; i < panels; i++)
-                finish(t, s, first + i, group, s->acc + i * PANEL, s->total + i * PANEL);
+            finish(t, s, first, panels, group);
         k = end;
     }
 }

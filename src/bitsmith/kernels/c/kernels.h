@@ -19,7 +19,7 @@ enum {
     PANEL = 16,           /* channels of a panel */
     BLOCK = 32,           /* inputs of a block */
     CELL = 64,            /* bytes of a cell: 4 inputs of 16 channels */
-    CHUNK = 1024,         /* inputs that are multiplied at once: 16 KB of unpacked panel, in L1 */
+    CHUNK = 512,          /* inputs that are multiplied at once: 8 KB of unpacked panel, four of which fit in L1 */
     STRIDE = CHUNK + 64   /* between packed rows; a power of two would fall on one set of the cache */
 };
 

@@ -48,70 +48,79 @@ INLINE void write_sums(__m256i sum[3][2], const int rows, int32_t *acc, int64_t 
         save(acc + i / 2 * acc_row + i % 2 * 8, sum[i / 2][i % 2]);
 }
 
-INLINE void tile_narrow(const int depth, const int rows, const int8_t *a, const uint8_t *w, int64_t cells, int fresh,
+INLINE void tile_narrow(const int depth, const int rows, const int8_t *a, const uint8_t *w, int64_t blocks, int fresh,
                         int32_t *acc, int64_t acc_row) {
-    __m256i sum[3][2];
+    __m256i sum[3][2], pairs[3][2];
     read_sums(sum, rows, fresh, acc, acc_row);
-    for (int64_t first = 0; first < cells; first += depth) {
-        __m256i pairs[3][2];
-        int64_t end = depth > 8 ? minimum(first + depth, cells) : first + depth;
 #pragma GCC unroll 6
-        for (int i = 0; i < 2 * rows; i++)
-            pairs[i / 2][i % 2] = _mm256_setzero_si256();
+    for (int i = 0; i < 2 * rows; i++)
+        pairs[i / 2][i % 2] = _mm256_setzero_si256();
+    for (int64_t b = 0; b < blocks; b++, a += BLOCK, w += 8 * CELL) {
 #pragma GCC unroll 8
-        for (int64_t c = first; c < end; c++) {
+        for (int c = 0; c < 8; c++) {
             __m256i left = load(w + c * CELL), right = load(w + c * CELL + HALF);
 #pragma GCC unroll 3
             for (int r = 0; r < rows; r++) {
                 __m256i x = _mm256_set1_epi32(word(a + r * STRIDE + 4 * c));
-                pairs[r][0] = _mm256_add_epi16(pairs[r][0], _mm256_maddubs_epi16(left, x));
-                pairs[r][1] = _mm256_add_epi16(pairs[r][1], _mm256_maddubs_epi16(right, x));
+                __m256i first = _mm256_maddubs_epi16(left, x), second = _mm256_maddubs_epi16(right, x);
+                int begins = depth <= 8 && c % depth == 0;
+                pairs[r][0] = begins ? first : _mm256_add_epi16(pairs[r][0], first);
+                pairs[r][1] = begins ? second : _mm256_add_epi16(pairs[r][1], second);
+                if (depth <= 8 && c % depth == depth - 1) {
+                    sum[r][0] = widened(sum[r][0], pairs[r][0]);
+                    sum[r][1] = widened(sum[r][1], pairs[r][1]);
+                }
             }
         }
+        if (depth > 8 && ((b + 1) % (depth / 8) == 0 || b == blocks - 1))
 #pragma GCC unroll 6
-        for (int i = 0; i < 2 * rows; i++)
-            sum[i / 2][i % 2] = widened(sum[i / 2][i % 2], pairs[i / 2][i % 2]);
+            for (int i = 0; i < 2 * rows; i++) {
+                sum[i / 2][i % 2] = widened(sum[i / 2][i % 2], pairs[i / 2][i % 2]);
+                pairs[i / 2][i % 2] = _mm256_setzero_si256();
+            }
     }
     write_sums(sum, rows, acc, acc_row);
 }
 
-INLINE void tile_wide(const int rows, const int8_t *a, const uint8_t *w, int64_t cells, int fresh, int32_t *acc,
+INLINE void tile_wide(const int rows, const int8_t *a, const uint8_t *w, int64_t blocks, int fresh, int32_t *acc,
                       int64_t acc_row) {
     __m256i sum[3][2];
     read_sums(sum, rows, fresh, acc, acc_row);
-    for (int64_t pair = 0; pair < 2 * cells; pair++) {
-        __m256i left = load(w + pair * CELL), right = load(w + pair * CELL + HALF);
+    for (int64_t b = 0; b < blocks; b++, a += 2 * BLOCK, w += 16 * CELL)
+#pragma GCC unroll 16
+        for (int c = 0; c < 16; c++) {
+            __m256i left = load(w + c * CELL), right = load(w + c * CELL + HALF);
 #pragma GCC unroll 3
-        for (int r = 0; r < rows; r++) {
-            __m256i x = _mm256_set1_epi32(word(a + 2 * r * STRIDE + 4 * pair));
-            sum[r][0] = _mm256_add_epi32(sum[r][0], _mm256_madd_epi16(left, x));
-            sum[r][1] = _mm256_add_epi32(sum[r][1], _mm256_madd_epi16(right, x));
+            for (int r = 0; r < rows; r++) {
+                __m256i x = _mm256_set1_epi32(word(a + 2 * r * STRIDE + 4 * c));
+                sum[r][0] = _mm256_add_epi32(sum[r][0], _mm256_madd_epi16(left, x));
+                sum[r][1] = _mm256_add_epi32(sum[r][1], _mm256_madd_epi16(right, x));
+            }
         }
-    }
     write_sums(sum, rows, acc, acc_row);
 }
 
-INLINE void tile_rows(int bits, const int rows, const int8_t *a, const uint8_t *w, int64_t cells, int fresh,
+INLINE void tile_rows(int bits, const int rows, const int8_t *a, const uint8_t *w, int64_t blocks, int fresh,
                       int32_t *acc, int64_t acc_row) {
     switch (bits) {
-    case 1: tile_narrow(depth_of(1), rows, a, w, cells, fresh, acc, acc_row); break;
-    case 2: tile_narrow(depth_of(2), rows, a, w, cells, fresh, acc, acc_row); break;
-    case 3: tile_narrow(depth_of(3), rows, a, w, cells, fresh, acc, acc_row); break;
-    case 4: tile_narrow(depth_of(4), rows, a, w, cells, fresh, acc, acc_row); break;
-    case 5: tile_narrow(depth_of(5), rows, a, w, cells, fresh, acc, acc_row); break;
-    case 6: tile_narrow(depth_of(6), rows, a, w, cells, fresh, acc, acc_row); break;
-    case 7: tile_narrow(depth_of(7), rows, a, w, cells, fresh, acc, acc_row); break;
-    default: tile_wide(rows, a, w, cells, fresh, acc, acc_row);
+    case 1: tile_narrow(depth_of(1), rows, a, w, blocks, fresh, acc, acc_row); break;
+    case 2: tile_narrow(depth_of(2), rows, a, w, blocks, fresh, acc, acc_row); break;
+    case 3: tile_narrow(depth_of(3), rows, a, w, blocks, fresh, acc, acc_row); break;
+    case 4: tile_narrow(depth_of(4), rows, a, w, blocks, fresh, acc, acc_row); break;
+    case 5: tile_narrow(depth_of(5), rows, a, w, blocks, fresh, acc, acc_row); break;
+    case 6: tile_narrow(depth_of(6), rows, a, w, blocks, fresh, acc, acc_row); break;
+    case 7: tile_narrow(depth_of(7), rows, a, w, blocks, fresh, acc, acc_row); break;
+    default: tile_wide(rows, a, w, blocks, fresh, acc, acc_row);
     }
 }
 
-static void tile(int bits, int rows, int panels, const int8_t *a, const uint8_t *w, int64_t next_panel, int64_t cells,
+static void tile(int bits, int rows, int panels, const int8_t *a, const uint8_t *w, int64_t next_panel, int64_t blocks,
                  int fresh, int32_t *acc, int64_t acc_row) {
     (void)panels, (void)next_panel;
     switch (rows) {
-    case 1: tile_rows(bits, 1, a, w, cells, fresh, acc, acc_row); break;
-    case 2: tile_rows(bits, 2, a, w, cells, fresh, acc, acc_row); break;
-    default: tile_rows(bits, 3, a, w, cells, fresh, acc, acc_row);
+    case 1: tile_rows(bits, 1, a, w, blocks, fresh, acc, acc_row); break;
+    case 2: tile_rows(bits, 2, a, w, blocks, fresh, acc, acc_row); break;
+    default: tile_rows(bits, 3, a, w, blocks, fresh, acc, acc_row);
     }
 }
 

@@ -18,7 +18,7 @@ INLINE void unpack_width(const int bits, const uint8_t *from, int64_t blocks, ui
             save(to + i * HALF, cell(from + i % 2 * HALF, bits, i / 2));
 }
 
-INLINE void tile_rows(const int rows, const int8_t *a, const uint8_t *w, int64_t cells, int fresh, int32_t *acc,
+INLINE void tile_rows(const int rows, const int8_t *a, const uint8_t *w, int64_t blocks, int fresh, int32_t *acc,
                       int64_t acc_row) {
     __m256i sum[6][2];
 #pragma GCC unroll 6
@@ -26,15 +26,17 @@ INLINE void tile_rows(const int rows, const int8_t *a, const uint8_t *w, int64_t
 #pragma GCC unroll 2
         for (int h = 0; h < 2; h++)
             sum[r][h] = fresh ? _mm256_setzero_si256() : load(acc + r * acc_row + h * 8);
-    for (int64_t c = 0; c < cells; c++) {
-        __m256i left = load(w + c * CELL), right = load(w + c * CELL + HALF);
+    for (int64_t b = 0; b < blocks; b++, a += BLOCK, w += 8 * CELL)
+#pragma GCC unroll 8
+        for (int c = 0; c < 8; c++) {
+            __m256i left = load(w + c * CELL), right = load(w + c * CELL + HALF);
 #pragma GCC unroll 6
-        for (int r = 0; r < rows; r++) {
-            __m256i x = _mm256_set1_epi32(word(a + r * STRIDE + 4 * c));
-            sum[r][0] = products(sum[r][0], left, x);
-            sum[r][1] = products(sum[r][1], right, x);
+            for (int r = 0; r < rows; r++) {
+                __m256i x = _mm256_set1_epi32(word(a + r * STRIDE + 4 * c));
+                sum[r][0] = products(sum[r][0], left, x);
+                sum[r][1] = products(sum[r][1], right, x);
+            }
         }
-    }
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 2
@@ -42,16 +44,16 @@ INLINE void tile_rows(const int rows, const int8_t *a, const uint8_t *w, int64_t
             save(acc + r * acc_row + h * 8, sum[r][h]);
 }
 
-static void tile(int bits, int rows, int panels, const int8_t *a, const uint8_t *w, int64_t next_panel, int64_t cells,
+static void tile(int bits, int rows, int panels, const int8_t *a, const uint8_t *w, int64_t next_panel, int64_t blocks,
                  int fresh, int32_t *acc, int64_t acc_row) {
     (void)bits, (void)panels, (void)next_panel;
     switch (rows) {
-    case 1: tile_rows(1, a, w, cells, fresh, acc, acc_row); break;
-    case 2: tile_rows(2, a, w, cells, fresh, acc, acc_row); break;
-    case 3: tile_rows(3, a, w, cells, fresh, acc, acc_row); break;
-    case 4: tile_rows(4, a, w, cells, fresh, acc, acc_row); break;
-    case 5: tile_rows(5, a, w, cells, fresh, acc, acc_row); break;
-    default: tile_rows(6, a, w, cells, fresh, acc, acc_row);
+    case 1: tile_rows(1, a, w, blocks, fresh, acc, acc_row); break;
+    case 2: tile_rows(2, a, w, blocks, fresh, acc, acc_row); break;
+    case 3: tile_rows(3, a, w, blocks, fresh, acc, acc_row); break;
+    case 4: tile_rows(4, a, w, blocks, fresh, acc, acc_row); break;
+    case 5: tile_rows(5, a, w, blocks, fresh, acc, acc_row); break;
+    default: tile_rows(6, a, w, blocks, fresh, acc, acc_row);
     }
 }
 

@@ -39,36 +39,38 @@ INLINE void unpack_width(const int bits, const uint8_t *from, int64_t blocks, ui
             vst1q_u8(to + i * QUARTER, vreinterpretq_u8_s8(cell(from + i % 4 * QUARTER, bits, i / 4)));
 }
 
-INLINE void tile_rows(const int rows, const int8_t *a, const uint8_t *w, int64_t cells, int fresh, int32_t *acc,
+INLINE void tile_rows(const int rows, const int8_t *a, const uint8_t *w, int64_t blocks, int fresh, int32_t *acc,
                       int64_t acc_row) {
     int32x4_t sum[6][4];
 #pragma GCC unroll 24
     for (int i = 0; i < 4 * rows; i++)
         sum[i / 4][i % 4] = fresh ? vdupq_n_s32(0) : vld1q_s32(acc + i / 4 * acc_row + i % 4 * 4);
-    for (int64_t c = 0; c < cells; c++) {
-        int8x16_t codes[4];
+    for (int64_t b = 0; b < blocks; b++, a += BLOCK, w += 8 * CELL)
+#pragma GCC unroll 8
+        for (int c = 0; c < 8; c++) {
+            int8x16_t codes[4];
 #pragma GCC unroll 4
-        for (int q = 0; q < 4; q++)
-            codes[q] = vreinterpretq_s8_u8(vld1q_u8(w + c * CELL + q * QUARTER));
+            for (int q = 0; q < 4; q++)
+                codes[q] = vreinterpretq_s8_u8(vld1q_u8(w + c * CELL + q * QUARTER));
 #pragma GCC unroll 24
-        for (int i = 0; i < 4 * rows; i++)
-            sum[i / 4][i % 4] = vdotq_s32(sum[i / 4][i % 4], codes[i % 4], four(a + i / 4 * STRIDE + 4 * c));
-    }
+            for (int i = 0; i < 4 * rows; i++)
+                sum[i / 4][i % 4] = vdotq_s32(sum[i / 4][i % 4], codes[i % 4], four(a + i / 4 * STRIDE + 4 * c));
+        }
 #pragma GCC unroll 24
     for (int i = 0; i < 4 * rows; i++)
         vst1q_s32(acc + i / 4 * acc_row + i % 4 * 4, sum[i / 4][i % 4]);
 }
 
-static void tile(int bits, int rows, int panels, const int8_t *a, const uint8_t *w, int64_t next_panel, int64_t cells,
+static void tile(int bits, int rows, int panels, const int8_t *a, const uint8_t *w, int64_t next_panel, int64_t blocks,
                  int fresh, int32_t *acc, int64_t acc_row) {
     (void)bits, (void)panels, (void)next_panel;
     switch (rows) {
-    case 1: tile_rows(1, a, w, cells, fresh, acc, acc_row); break;
-    case 2: tile_rows(2, a, w, cells, fresh, acc, acc_row); break;
-    case 3: tile_rows(3, a, w, cells, fresh, acc, acc_row); break;
-    case 4: tile_rows(4, a, w, cells, fresh, acc, acc_row); break;
-    case 5: tile_rows(5, a, w, cells, fresh, acc, acc_row); break;
-    default: tile_rows(6, a, w, cells, fresh, acc, acc_row);
+    case 1: tile_rows(1, a, w, blocks, fresh, acc, acc_row); break;
+    case 2: tile_rows(2, a, w, blocks, fresh, acc, acc_row); break;
+    case 3: tile_rows(3, a, w, blocks, fresh, acc, acc_row); break;
+    case 4: tile_rows(4, a, w, blocks, fresh, acc, acc_row); break;
+    case 5: tile_rows(5, a, w, blocks, fresh, acc, acc_row); break;
+    default: tile_rows(6, a, w, blocks, fresh, acc, acc_row);
     }
 }
 

@@ -22,13 +22,13 @@ INLINE void unpack_width(const int bits, const uint8_t *from, int64_t blocks, ui
                 to[c * CELL + i] = code_of(from, bits, c, i);
 }
 
-static void tile(int bits, int rows, int panels, const int8_t *a, const uint8_t *w, int64_t next_panel, int64_t cells,
+static void tile(int bits, int rows, int panels, const int8_t *a, const uint8_t *w, int64_t next_panel, int64_t blocks,
                  int fresh, int32_t *acc, int64_t acc_row) {
     (void)bits, (void)panels, (void)next_panel;
     for (int r = 0; r < rows; r++, a += STRIDE, acc += acc_row) {
         if (fresh)
             memset(acc, 0, PANEL * sizeof *acc);
-        for (int64_t c = 0; c < cells; c++)
+        for (int64_t c = 0; c < 8 * blocks; c++)
             for (int j = 0; j < PANEL; j++)
                 for (int i = 0; i < 4; i++)
                     acc[j] += w[c * CELL + 4 * j + i] * a[4 * c + i];
