@@ -53,7 +53,8 @@ static void fetch(const plan *t, int64_t row, uint8_t *line) {
     else
         for (int64_t k = 0; k < p->k; k++)
             line[k] = from[k * p->a_column];
-    for (int64_t k = 0; k < p->k && p->a_kind == UINT8; k++)
+    const int64_t inputs = p->a_kind == UINT8 ? p->k : 0;
+    for (int64_t k = 0; k < inputs; k++)
         line[k] ^= 0x80;
     int64_t whole = padded(p->group, p->group);
     for (int64_t g = t->groups - 1; g >= 0; g--) {  /* from the back, as groups only move back */
@@ -81,9 +82,10 @@ static void pack_rows(const plan *t, workspace *s) {
         fetch(t, s->first + r, s->line);
         for (int64_t g = 0; g < t->groups; g++) {
             int32_t sum = 0;
-            int64_t end = minimum((g + 1) * whole, t->stored);
+            const int8_t *line = (const int8_t *)s->line;
+            const int64_t end = minimum((g + 1) * whole, t->stored);
             for (int64_t k = g * whole; k < end; k++)
-                sum += (int8_t)s->line[k];
+                sum += line[k];
             s->sums[r * t->groups + g] = sum;
         }
         for (int64_t k = 0; k < t->stored; k += CHUNK) {
@@ -102,10 +104,11 @@ typedef int32_t ints __attribute__((vector_size(PANEL * 4)));
 typedef float floats __attribute__((vector_size(PANEL * 4), may_alias));
 
 static void store_codes(const product *p, int64_t row, int64_t column, const float *y, int64_t count) {
-    float low = (float)p->out_low, high = (float)p->out_high, zero = (float)p->out_zero;
+    const float low = (float)p->out_low, high = (float)p->out_high, zero = (float)p->out_zero;
+    const float scale = p->out_scale, half = p->out_half;
     uint8_t code[PANEL];
     for (int j = 0; j < PANEL; j++) {
-        float x = __builtin_rintf(y[j] / p->out_scale - p->out_half) + zero;
+        float x = __builtin_rintf(y[j] / scale - half) + zero;
         x = x > low ? x : low;
         code[j] = (uint8_t)(int32_t)(x < high ? x : high);
     }

@@ -6,7 +6,7 @@ typedef struct {
     int64_t row, column;       /* bytes from channel to channel and from input to input */
     int64_t n, k, group, bits, flip;
     uint8_t *to;
-    int32_t *sums;             /* (panel, group, 16) of codes, or NULL */
+    int32_t *sums;             /* (panel, group, 16) of codes */
     int64_t next;
 } packing;
 
@@ -26,17 +26,33 @@ static void write_block(uint8_t code[BLOCK][PANEL], int bits, uint8_t *to) {
     }
 }
 
-/* A block of eight bits is a plain interleaving, and a matter of speed: weights that train are packed in each step. */
+/* Blocks of eight bits are a matter of speed, as weights and activations that train are packed in each step: four
+   inputs of a channel are one word (the machine is little-endian, or the self-test fails). */
 static void write_bytes(uint8_t code[BLOCK][PANEL], uint8_t *to) {
-    for (int c = 0; c < 8; c++, to += CELL)
+    for (int c = 0; c < 8; c++, to += CELL) {
+        uint32_t words[PANEL];
         for (int j = 0; j < PANEL; j++)
-            for (int i = 0; i < 4; i++)
-                to[4 * j + i] = code[4 * c + i][j];
+            words[j] = code[4 * c][j] | (uint32_t)code[4 * c + 1][j] << 8 | (uint32_t)code[4 * c + 2][j] << 16
+                       | (uint32_t)code[4 * c + 3][j] << 24;
+        memcpy(to, words, CELL);
+    }
+}
+
+/* The same for inputs that lie side by side already. */
+static void copy_words(const uint8_t *from, int64_t row, uint32_t flip, int32_t *sum, uint8_t *to) {
+    for (int c = 0; c < 8; c++, to += CELL) {
+        uint32_t words[PANEL];
+        for (int j = 0; j < PANEL; j++)
+            words[j] = (uint32_t)word(from + j * row + 4 * c) ^ flip * 0x01010101u;
+        for (int j = 0; j < PANEL; j++)
+            sum[j] += (int32_t)((words[j] & 255) + (words[j] >> 8 & 255) + (words[j] >> 16 & 255) + (words[j] >> 24));
+        memcpy(to, words, CELL);
+    }
 }
 
 static void pack_panels(void *data) {
     packing *p = data;
-    int64_t groups = maximum(1, (p->k + p->group - 1) / p->group), whole = padded(p->group, p->group);
+    int64_t groups = maximum(1, (p->k + p->group - 1) / p->group);
     int64_t stored = padded(p->k, p->group);
     for (int64_t panel; (panel = draw(&p->next)) * PANEL < p->n;) {
         int64_t channels = minimum(PANEL, p->n - panel * PANEL);
@@ -48,6 +64,10 @@ static void pack_panels(void *data) {
                 uint8_t code[BLOCK][PANEL] = {{0}};
                 const uint8_t *from = p->from + panel * PANEL * p->row + k * p->column;
                 int64_t inputs = minimum(BLOCK, end - k);
+                if (p->bits == 8 && p->column == 1 && inputs == BLOCK && channels == PANEL) {
+                    copy_words(from, p->row, (uint32_t)p->flip, sum, to);
+                    continue;
+                }
                 if (p->row == 1 && channels == PANEL)
                     for (int64_t i = 0; i < inputs; i++)
                         for (int j = 0; j < PANEL; j++)
@@ -56,19 +76,16 @@ static void pack_panels(void *data) {
                     for (int64_t j = 0; j < channels; j++)
                         for (int64_t i = 0; i < inputs; i++)
                             code[i][j] = (uint8_t)(from[j * p->row + i * p->column] ^ p->flip);
-                if (p->sums)
-                    for (int64_t i = 0; i < inputs; i++)
-                        for (int j = 0; j < PANEL; j++)
-                            sum[j] += code[i][j];
+                for (int64_t i = 0; i < inputs; i++)
+                    for (int j = 0; j < PANEL; j++)
+                        sum[j] += code[i][j];
                 if (p->bits == 8)
                     write_bytes(code, to);
                 else
                     write_block(code, (int)p->bits, to);
             }
-            if (p->sums)
-                memcpy(p->sums + (panel * groups + g) * PANEL, sum, sizeof sum);
+            memcpy(p->sums + (panel * groups + g) * PANEL, sum, sizeof sum);
         }
-        (void)whole;
     }
 }
 

@@ -20,14 +20,27 @@ INLINE float clamped(float x, float low, float high) {
     return x < high ? x : high;
 }
 
+/* The bits of a float as an integer of the same order (and back): the compiler turns a search for the largest integer
+   into vectors, of floats it may not. */
+INLINE int32_t ordered(int32_t bits) { return bits ^ (bits >> 31 & 0x7fffffff); }
+
+INLINE float value_of(int32_t key) {
+    int32_t bits = ordered(key);
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
 /* As bitsmith.numerics.calibrate.range_of: 0 is a level, the largest magnitude the highest. */
 static void find_range(const quantization *p, int64_t row) {
     const float *x = p->x + row * p->columns;
-    float least = 0, most = 0;
+    int32_t lowest = 0, highest = 0;
     for (int64_t k = 0; k < p->columns; k++) {
-        least = x[k] < least ? x[k] : least;
-        most = x[k] > most ? x[k] : most;
+        int32_t key = ordered(word(x + k));
+        lowest = key < lowest ? key : lowest;
+        highest = key > highest ? key : highest;
     }
+    float least = value_of(lowest), most = value_of(highest);
     float span = p->asymmetric ? (most - least) / (p->high - p->low) : (most > -least ? most : -least) / (p->high + p->half);
     float scale = span > p->least ? span : p->least;
     p->scale[row] = scale;
@@ -42,10 +55,12 @@ static void quantize_rows(void *data) {
             if (p->dynamic)
                 find_range(p, row);
             float scale = p->scale[p->dynamic ? row : 0], zero = (float)p->zero[p->dynamic ? row : 0];
-            const float *x = p->x + row * p->columns;
-            uint8_t *to = p->to + row * p->columns;
-            for (int64_t k = 0; k < p->columns; k++)
-                to[k] = (uint8_t)(int32_t)clamped(rintf(x[k] / scale - p->half) + zero, p->low, p->high);
+            const float *restrict x = p->x + row * p->columns;
+            const float half = p->half, low = p->low, high = p->high;
+            uint8_t *restrict to = p->to + row * p->columns;
+            const int64_t columns = p->columns;   /* bytes written could be any of these, as C has it */
+            for (int64_t k = 0; k < columns; k++)
+                to[k] = (uint8_t)(int32_t)clamped(rintf(x[k] / scale - half) + zero, low, high);
         }
 }
 
@@ -76,10 +91,12 @@ static void update_codes(void *data) {
     updating *p = data;
     for (int64_t piece; (piece = draw(&p->next)) * PIECE < p->count;) {
         int64_t end = minimum((piece + 1) * PIECE, p->count);
-        for (int64_t i = piece * PIECE; i < end; i++) {
-            float moved = floorf((float)p->codes[i] - p->step[i] + noise(p->seed, (uint32_t)i));
-            p->codes[i] = (int8_t)clamped(moved, p->low, p->high);
-        }
+        int8_t *restrict codes = p->codes;
+        const float *restrict step = p->step;
+        const float low = p->low, high = p->high;
+        const uint32_t seed = p->seed;
+        for (int64_t i = piece * PIECE; i < end; i++)
+            codes[i] = (int8_t)clamped(floorf((float)codes[i] - step[i] + noise(seed, (uint32_t)i)), low, high);
     }
 }
 
