@@ -1,8 +1,7 @@
 """Which products of integers run here: the library for the best instruction set, or torch's operators.
 
-    BITSMITH_KERNELS   an instruction set (avx512vnni, avxvnni, avx2, neon, portable), or `torch`; default:
-    the best BITSMITH_CACHE     where libraries are built (else $XDG_CACHE_HOME/bitsmith, else
-    ~/.cache/bitsmith)
+    BITSMITH_KERNELS   avx512vnni, avxvnni, avx2, neon, portable: that instruction set; torch: no library
+    BITSMITH_CACHE     where libraries are built; else $XDG_CACHE_HOME/bitsmith, else ~/.cache/bitsmith
 
 What fails (no compiler, a cache that cannot be written, wrong integers in the self-test) is said once, as a
 warning, and stands in `describe()`, which `bitsmith inspect --system` shows.
