@@ -26,7 +26,7 @@ from bitsmith.files import load_tensors, save_tensors
 from bitsmith.quantization import Scheme, calibrate, prepare
 from bitsmith.quantization.layers import in_eval_mode
 from bitsmith.tasks import build, load
-from bitsmith.tasks.dataset import to_float
+from bitsmith.tasks.classification import to_float
 from bitsmith.tasks.examples import Examples
 from bitsmith.train.config import TrainConfig
 from bitsmith.train.distillation import IGNORED

@@ -57,8 +57,7 @@ from bitsmith.quantization.quantizer import sites
 from bitsmith.quantization.sensitivity import after_training, sensitivity
 from bitsmith.tasks import data as tasks_data
 from bitsmith.tasks import models
-from bitsmith.tasks.classification import evaluate
-from bitsmith.tasks.dataset import to_float
+from bitsmith.tasks.classification import evaluate, to_float
 from bitsmith.train.config import TrainConfig
 from bitsmith.train.loop import train
 

@@ -31,8 +31,7 @@ from bitsmith.methods.budget_search import BudgetSearch
 from bitsmith.methods.fractional_bits import FractionalBits
 from bitsmith.methods.progressive_bits import ON_THE_WAY, ProgressiveBits, paper_schedule
 from bitsmith.quantization import Scheme, commit, measure, plan_of, prepare, reestimate_batchnorm
-from bitsmith.tasks.classification import evaluate
-from bitsmith.tasks.dataset import to_float
+from bitsmith.tasks.classification import evaluate, to_float
 
 SCHEDULES = ("at once", "fractional", "staircase")
 GOALS = {"W4A8": (4, 8), "W3A8": (3, 8), "W2A8": (2, 8), "W3A3": (3, 3), "W2A2": (2, 2)}

@@ -4,7 +4,8 @@
     python benchmarks/output_approximation.py --task digits_vit --parts term
     python benchmarks/output_approximation.py --table                        # what has been measured so far
 
-    term      against self, teacher and blocks' outputs, against plain training of 200 steps with distillation
+    term      against self, teacher and blocks' outputs, against plain training of 200 steps; both with distillation,
+              and both without ("alone")
     widths    allocated by errors measured while training (once, again and again, greedily, by evolution), against
               uniform widths and budget search, at equal average bits of weights, activations at 8; 200 steps
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from torch import nn
 from bitsmith.methods.budget_search import BudgetSearch
 from bitsmith.methods.output_approximation import OutputApproximation
 from bitsmith.quantization import Scheme, calibrate, measure, plan_of, prepare, reestimate_batchnorm, sites
-from bitsmith.tasks.dataset import to_float
+from bitsmith.tasks.classification import to_float
 from bitsmith.train.config import TrainConfig
 from bitsmith.train.loop import train
 
@@ -42,23 +44,24 @@ TERMS: dict[str, dict[str, Any] | None] = {  # name -> options of OutputApproxim
     "teacher, as it is": {"against": "teacher", "normalise": False},
 }
 TERM_POINTS = {"W4A8": (4, 8), "W3A8": (3, 8), "W2A8": (2, 8), "W4A4": (4, 4), "W3A3": (3, 3), "W2A2": (2, 2)}
+ALONE = ", alone"  # neither the term's model nor the baseline's has distillation
 STEPS = 200
 
 
 def jobs_term(task: str) -> list[tuple[str, str]]:
     """(term, point), the points that tell methods apart first."""
-    return [(term, point) for point in reversed(TERM_POINTS) for term in TERMS]
+    return [(term + how, point) for point in reversed(TERM_POINTS) for how in ("", ALONE) for term in TERMS]
 
 
 def one_term(unit: Unit, term: str, point: str) -> dict[str, Any]:
-    """STEPS of training with distillation, with the term or without it."""
-    options = TERMS[term]
+    """STEPS of training, with the term or without it."""
+    options = TERMS[term.removesuffix(ALONE)]
     model = unit.prepared(*TERM_POINTS[point], calibrated=False)
     methods = [] if options is None else [OutputApproximation(**options)]
     for method in methods:
         method.attach(model)
     calibrate(model, unit.batches)
-    return trained(unit, model, methods)
+    return trained(unit, model, methods, 0.0 if term.endswith(ALONE) else 0.5)
 
 
 RATES = {
@@ -69,7 +72,7 @@ RATES = {
 }
 
 
-def trained(unit: Unit, model: nn.Module, methods: list[Any]) -> dict[str, Any]:
+def trained(unit: Unit, model: nn.Module, methods: list[Any], distillation: float = 0.5) -> dict[str, Any]:
     """STEPS of training, and how the model is judged then."""
     (size, rate), x, y = RATES[unit.task], unit.data.train_x, unit.data.train_y
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(unit.seed))
@@ -80,7 +83,7 @@ def trained(unit: Unit, model: nn.Module, methods: list[Any]) -> dict[str, Any]:
         batch_size=size,
         learning_rate=rate,
         gradient_clip=1.0,
-        distillation=0.5,
+        distillation=distillation,
         seed=unit.seed,
     )
     started = time.process_time()
@@ -95,36 +98,44 @@ def trained(unit: Unit, model: nn.Module, methods: list[Any]) -> dict[str, Any]:
 
 
 def table_term(units: list[dict[str, Any]], task: str) -> None:
-    """Loss or exact match, and in pairs the gain over plain training."""
+    """Loss or exact match, and in pairs the gain over plain training and the time over its."""
     key = "exact_match" if task == "arithmetic" else "loss"
-    print(f"\nterm, {task}: {key}; below, the gain in loss over plain training, in pairs")
-    print(f"{'':<20}" + "".join(f"{point:>22}" for point in TERM_POINTS))
-    for term in TERMS:
-        cells = [cell(measured(units, "term", term, point, key)) for point in TERM_POINTS]
-        print(f"{term:<20}" + "".join(f"{one:>22}" for one in cells))
-    for term in list(TERMS)[1:]:
-        cells = [cell(gains(units, "term", term, "plain", point)) for point in TERM_POINTS]
-        print(f"{term:<20}" + "".join(f"{one:>22}" for one in cells))
-    for term in list(TERMS)[1:]:
-        ratios = [
-            own / base
-            for point in TERM_POINTS
-            for own, base in zip(
-                measured(units, "term", term, point, "seconds"),
-                measured(units, "term", "plain", point, "seconds"),
-                strict=False,
-            )
-        ]
-        print(f"time of {term:<20} {cell(ratios, '.2f')}")
+    for how in ("", ALONE):
+        base, terms = "plain" + how, [term + how for term in TERMS]
+        print(
+            f"\nterm{how}, {task}: {key}; below, the gain in loss over plain training, in pairs; the time over its"
+        )
+        print(f"{'':<26}" + "".join(f"{point:>22}" for point in TERM_POINTS))
+        for term in terms:
+            cells = [cell(measured(units, "term", term, point, key)) for point in TERM_POINTS]
+            print(f"{term:<26}" + "".join(f"{one:>22}" for one in cells))
+        for term in terms[1:]:
+            cells = [
+                cell(paired(units, "term", term, base, point, lambda x, y: y["loss"] - x["loss"]))
+                for point in TERM_POINTS
+            ]
+            times = [
+                r
+                for point in TERM_POINTS
+                for r in paired(units, "term", term, base, point, lambda x, y: x["seconds"] / y["seconds"])
+            ]
+            print(f"{term:<26}" + "".join(f"{one:>22}" for one in [*cells, cell(times, ".2f")]))
 
 
-def gains(units: list[dict[str, Any]], part: str, contender: str, base: str, point: str) -> list[float]:
-    """By how much the loss of a contender is below a baseline's, in the units that have both."""
+def paired(
+    units: list[dict[str, Any]],
+    part: str,
+    contender: str,
+    base: str,
+    point: str,
+    compare: Callable[[dict[str, Any], dict[str, Any]], float],
+) -> list[float]:
+    """A contender compared with a baseline, in the units that have both."""
     found = []
     for unit in units:
         own, other = (unit["points"].get(f"{part} {name} {point}") for name in (contender, base))
         if own and other:
-            found.append(other["loss"] - own["loss"])
+            found.append(compare(own, other))
     return found
 
 

@@ -19,6 +19,7 @@ from bitsmith.quantization.target import TARGETS, Target
 from bitsmith.recipe.load import DEFAULT
 from bitsmith.recipe.methods import METHODS, method_class
 from bitsmith.recipe.schema import EXPORTS, PostTraining, Quantize, Recipe
+from bitsmith.tasks.suites import SUITES, WHOLE
 from bitsmith.train.config import CHOICES as TRAIN_CHOICES
 from bitsmith.train.config import RANGES, TrainConfig
 
@@ -33,7 +34,7 @@ refused with the nearest known name. `--set` changes one value: `bitsmith run my
 may need. The resolved recipe is saved in the run directory as `recipe.yaml`, and running that file again gives the
 same result.
 
-Relative paths in a recipe's file (`npz:`, `folder:` and `text:` data, `hf:` folders, `pretrained`, `plan`, a target's or a table's `.json`) are
+Relative paths in a recipe's file (`npz:`, `folder:`, `domains:`, `masks:` and `text:` data, `hf:` folders, `pretrained`, `plan`, a target's or a table's `.json`) are
 meant from that file's folder, so that a recipe and its files can be moved together; paths given by `--set` are meant
 from the current directory.
 
@@ -48,10 +49,10 @@ This page is generated from the schema (`make docs`).
 """
 
 MEANING = {
-    "model": "what to train: a built-in name (digits_cnn, digits_vit, resnet20, resnet32, resnet56, byte_llama), "
+    "model": "what to train: a built-in name (digits_cnn, digits_vit, unet, resnet20, resnet32, resnet56, mlp, byte_llama), "
     "`hf:PATH` of a causal language model of transformers ([language modelling](language.md)) or "
     "`package.module:factory`; a mapping `{name: ..., arguments: {...}}` passes arguments",
-    "data": "`digits` (scikit-learn's), `npz:FILE`, `folder:DIR`, `pydoc`, `text:PATH`, `arithmetic` or `package.module:factory`; "
+    "data": "`digits` (scikit-learn's), `npz:FILE`, `folder:DIR`, `domains:PATH`, `digit_scenes`, `masks:DIR` ([segmentation](segmentation.md)), `breast_cancer`, `pydoc`, `text:PATH`, `arithmetic` or `package.module:factory`; "
     "with arguments as for `model`",
     "pretrained": "a safetensors file with the float weights, such as `checkpoints/float.safetensors` of an earlier run; "
     "without it the float model is trained first",
@@ -63,6 +64,8 @@ MEANING = {
     "methods": "a list of methods with their options",
     "train": "the quantization-aware training: see below",
     "float": "the training of the float baseline: the keys of `train`; what it does not say is taken from there",
+    "shift": "the [suite of shifts](shifts.md) that the float and the delivered model are measured under at the end, "
+    "or `{suite: ..., severities: [1, 3, 5]}`; a shift's figure is the mean over its severities",
     "export": "the files to write, each compared with the trained model; `target: research` has no ONNX file",
     "quantize.weights": "a scheme, see below; weights are per channel unless it says otherwise",
     "quantize.activations": "a scheme for the inputs of all multiplying layers; null leaves them in float",
@@ -219,13 +222,15 @@ Row = tuple[str, str, str]  # key, default, values
 
 
 def recipe_rows() -> Iterator[Row]:
-    values = {"target": choices(TARGETS), "export": choices(EXPORTS)}
+    suites = f"{choices((*WHOLE, *SUITES))}, or names of shifts joined by commas"
+    values = {"target": choices(TARGETS), "export": choices(EXPORTS), "shift": suites}
     shown = {
         "model": "digits_cnn",
         "data": "digits",
         "export": f"[{', '.join(EXPORTS)}]",
         "methods": "[]",
         "target": "native",
+        "shift": "default",
     }
     for name, field in Recipe.model_fields.items():
         key = field.alias or name

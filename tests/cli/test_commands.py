@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -150,10 +151,54 @@ def test_inspect_shows_the_system(bitsmith: Bitsmith) -> None:
 
 def test_evaluate_finds_the_accuracy_of_the_run(bitsmith: Bitsmith, finished: Path) -> None:
     metrics = json.loads((finished / "metrics.json").read_text())
-    found = json.loads(bitsmith("evaluate", finished, "--shift", "all", "--json").out)
+    found = json.loads(bitsmith("evaluate", finished, "--shift", "default", "--json").out)
     assert found["accuracy"] == metrics["quantized"]["accuracy"]
-    assert found["shift"] == metrics["shift"]["quantized"]
+    assert found["shift"] == metrics["shift"]
+    assert found["shifts"]["shifts"]["noise"]["severities"] == [1, 2, 3, 4, 5]
     assert "noise" in bitsmith("evaluate", finished, "--shift", "noise").out
+
+
+def test_evaluate_shows_attacks_and_corruptions_side_by_side_and_writes_a_page(
+    bitsmith: Bitsmith, finished: Path, tmp_path: Path
+) -> None:
+    arguments = ("--shift", "fgsm,pgd_transferred,jpeg", "--severity", 2, "--out", tmp_path / "shifts.html")
+    shown = bitsmith("evaluate", finished, *arguments).out
+    for word in ("float", "quantized", "FGSM", "PGD transferred", "JPEG", "Means of severity 2", "Page"):
+        assert word in shown
+    page = (tmp_path / "shifts.html").read_text()
+    assert page.count('class="panel"') == 3
+    assert page.count("data:image/png") == 3 * 6
+
+
+def test_evaluate_takes_images_of_another_size(bitsmith: Bitsmith, finished: Path, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (20, 16, 12, 3), dtype=np.uint8)
+    labels = np.arange(20) % 10
+    np.savez(tmp_path / "larger.npz", train_x=images, train_y=labels, test_x=images, test_y=labels)
+    result = bitsmith("evaluate", finished, "--data", f"npz:{tmp_path / 'larger.npz'}")
+    assert "larger: 20 test images, 3x16x12 to 1x8x8" in result.out
+    np.savez(tmp_path / "more.npz", train_x=images, train_y=np.arange(20), test_x=images, test_y=labels)
+    result = bitsmith("evaluate", finished, "--data", f"npz:{tmp_path / 'more.npz'}")
+    assert result.code == 2
+    assert "the classes are not those of the run; got 20" in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shift", "noise", "--severity", "6"], "--severity: there is no such severity; got 6"),
+        (["--severity", "2"], "--severity: there is no shift"),
+        (["--out", "page.html"], "--out: there is no shift"),
+        (["--shift", "typos"], "this is a shift of text; got typos for data digits, which are images"),
+        (["--shift", "domains"], "this is a suite of images with a left-out domain"),
+    ],
+)
+def test_evaluate_says_which_shifts_there_are(
+    bitsmith: Bitsmith, finished: Path, arguments: list[str], message: str
+) -> None:
+    result = bitsmith("evaluate", finished, *arguments)
+    assert result.code == 2
+    assert message in result.err
+    assert result.err.count("\n") == 1
 
 
 def test_evaluate_refuses_a_shift_that_there_is_not(bitsmith: Bitsmith, finished: Path) -> None:

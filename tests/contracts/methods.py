@@ -16,6 +16,8 @@ from bitsmith.methods.budget_search import BudgetSearch
 from bitsmith.methods.fractional_bits import FractionalBits
 from bitsmith.methods.output_approximation import OutputApproximation
 from bitsmith.methods.progressive_bits import ProgressiveBits
+from bitsmith.methods.sharpness import Sharpness as Flatness
+from bitsmith.methods.weight_anchor import WeightAnchor
 from bitsmith.quantization import BitWidth, Plan, measure, plan_of, set_bits, sites
 from bitsmith.quantization.layers import weights_of
 from tests.quantization.widths import Sampled
@@ -137,7 +139,8 @@ class Sharpness(Method):
             w.copy_(value)
 
 
-DECIDE_NOTHING = ("sharpness", "output approximation")  # widths are the model's own
+# widths are the model's own
+DECIDE_NOTHING = ("sharpness", "output approximation", "weight anchor", "anchor, requantized", "SAM", "SAGM")
 
 METHODS: dict[str, Callable[[Tensor], list[Method]]] = {
     "budget_search": lambda example: [
@@ -175,6 +178,15 @@ METHODS: dict[str, Callable[[Tensor], list[Method]]] = {
     ],
     "budget_search with float": lambda example: [
         BudgetSearch({"bops": 0.012}, example, candidates=(2, 4, 32), search_share=0.7)
+    ],
+    "weight anchor": lambda example: [WeightAnchor(0.3, schedule="linear")],
+    "anchor, requantized": lambda example: [WeightAnchor(0.5, pull="anchor", requantize=True)],
+    "SAM": lambda example: [Flatness(0.05, every=3, schedule="cosine")],
+    "SAGM": lambda example: [Flatness(0.05, kind="sagm", freeze="ordered", disorder_window=3)],
+    "SAM, budget_search and weight anchor": lambda example: [
+        Flatness(0.05),
+        BudgetSearch({"bops": 0.012}, example, candidates=(2, 4, 8), search_share=0.7),
+        WeightAnchor(0.3, schedule="constant"),
     ],
     "search": lambda example: [Search(example)],
     "fractional": lambda example: [Fractional()],

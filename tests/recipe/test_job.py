@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from bitsmith.errors import Interrupted
-from bitsmith.files import save_tensors
+from bitsmith.errors import DataError, Interrupted
+from bitsmith.files import read_json, save_tensors
 from bitsmith.recipe import Recipe, load_recipe, run
 from bitsmith.recipe.progress import STAGES, Event
+from bitsmith.recipe.reopen import evaluate_run
+from bitsmith.recipe.schema import Shifts
 from bitsmith.tasks.models import build
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -162,3 +164,24 @@ def test_the_callers_random_numbers_and_threads_are_left_alone(recipe: Recipe, t
     run(recipe, tmp_path / "run")
     assert torch.equal(torch.rand(4), expected)
     assert torch.get_num_threads() == threads
+
+
+def test_a_recipe_names_its_suite_and_the_run_keeps_what_was_measured(recipe: Recipe, tmp_path: Path) -> None:
+    asked = recipe.model_copy(update={"shift": Shifts(suite="noise,fgsm,pgd_transferred", severities=[4])})
+    metrics = run(asked, tmp_path / "run")
+    assert list(metrics["shift"]["quantized"]) == ["noise", "fgsm", "pgd_transferred", "mean"]
+    found = read_json(tmp_path / "run" / "shift.json", "shift file")
+    assert found["shifts"]["fgsm"]["severities"] == [4]
+    for model in ("float", "quantized"):
+        assert found["figures"][model] == metrics["shift"][model]
+        assert found["plain"][model]["accuracy"] == metrics[model]["accuracy"]
+    assert "Shift by shift" in (tmp_path / "run" / "report.html").read_text()
+    again = evaluate_run(tmp_path / "run", shift="default", severities=[4])
+    assert again["shift"] == metrics["shift"]
+
+
+def test_a_suite_of_other_data_is_refused_before_anything_is_trained(recipe: Recipe, tmp_path: Path) -> None:
+    asked = recipe.model_copy(update={"shift": Shifts(suite="typos")})
+    with pytest.raises(DataError, match=r"shift.suite: this is a shift of text; got typos for data digits"):
+        run(asked, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

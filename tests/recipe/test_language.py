@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bitsmith.cli.main import main
-from bitsmith.errors import DataError, FormatError, RecipeError
+from bitsmith.errors import DataError, FormatError
 from bitsmith.recipe import Recipe, load_recipe, run
 from bitsmith.recipe.job import read_inputs
 from bitsmith.recipe.predict import predict
@@ -99,8 +99,8 @@ def test_a_finished_run_is_evaluated_and_exported_again(finished: Path, metrics:
     assert found["sequences"] > 0
     certificate, _ = export_run(finished, ["native"])
     assert certificate["exports"]["native"]["passed"]
-    with pytest.raises(RecipeError, match="no shift is known of these data"):
-        evaluate_run(finished, shift="all")
+    with pytest.raises(DataError, match="this is a shift of images"):
+        evaluate_run(finished, shift="noise")
     assert main(["evaluate", str(finished)]) == 0
 
 

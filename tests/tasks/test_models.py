@@ -35,7 +35,7 @@ def test_every_model_has_its_size_and_gives_one_logit_per_class(name, count, sha
 
 def test_the_table_above_covers_every_model():
     images = {"digits_cnn", "digits_vit", "resnet20", "resnet32", "resnet56"}
-    assert set(MODELS) == images | {"byte_llama"}  # test_llama.py
+    assert set(MODELS) == images | {"byte_llama", "unet"}  # test_llama.py, test_unet.py
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))

@@ -40,3 +40,20 @@ def test_pretrained_resnets_reach_their_known_accuracy(depth, correct):
     model = build(f"resnet{depth}", weights=_shared_data.resnet_weights(depth))
     images, labels = _shared_data.load_part("cifar10", "test_a", 32, 3)
     assert evaluate(model, images, labels)["accuracy"] * len(images) == pytest.approx(correct, abs=1)
+
+
+@pytest.mark.parametrize("name", _shared_data.HANDS)
+def test_digits_of_every_hand_come_at_one_size(name):
+    train_x, train_y, test_x, test_y = _shared_data.digits_as(name, 28, 1)
+    assert train_x.shape[1:] == test_x.shape[1:] == (1, 28, 28)
+    assert train_x.dtype == test_x.dtype == torch.uint8
+    assert set(train_y.tolist()) == set(test_y.tolist()) == set(range(10))
+
+
+def test_pacs_leaves_one_style_out():
+    data = _shared_data.pacs("sketch", side=32)
+    assert data.shape == (3, 32, 32)
+    assert len(data.shifted_x) == 2946
+    assert len(data.train_x) + len(data.val_x) + len(data.test_x) == 1252 + 1536 + 1758
+    light = [(part.float().mean() / 255).item() for part in (data.shifted_x, data.train_x)]
+    assert light[0] > 0.9 > light[1]  # sketches are lines on white

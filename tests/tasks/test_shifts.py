@@ -6,8 +6,11 @@ from torch import nn
 
 from bitsmith.errors import DataError
 from bitsmith.tasks import evaluate_shifts, load
-from bitsmith.tasks.shifts import SEVERITIES, SHIFTS, noise, rotation, shifted, translation
+from bitsmith.tasks.corruptions import noise
+from bitsmith.tasks.geometry import rotation, translation
+from bitsmith.tasks.shifts import CORRUPTIONS, DEFAULT, SEVERITIES, generator_of, shifted
 
+FINGERPRINTS = [42.5566, 42.6424, 40.5598, 36.1972, 33.7613]
 SIZES = [(1, 8, 8), (3, 32, 32), (1, 28, 28)]
 
 
@@ -19,7 +22,7 @@ def images(request):
     return nn.functional.interpolate(coarse, (height, width), mode="bilinear").clamp(0, 1)
 
 
-@pytest.mark.parametrize("name", sorted(SHIFTS))
+@pytest.mark.parametrize("name", sorted(CORRUPTIONS))
 def test_shifted_images_stay_images_and_move_further_with_severity(name, images):
     before = images.clone()
     distances = []
@@ -35,18 +38,38 @@ def test_shifted_images_stay_images_and_move_further_with_severity(name, images)
     assert torch.equal(images, before)
 
 
-@pytest.mark.parametrize("name", sorted(SHIFTS))
+@pytest.mark.parametrize("name", sorted(CORRUPTIONS))
 def test_equal_seeds_give_equal_images_whatever_else_was_drawn(name, images):
     first = shifted(name, images, 3, seed=4)
     torch.rand(5)
-    for other in SHIFTS:
+    for other in CORRUPTIONS:
         shifted(other, images, 2, seed=4)
     assert torch.equal(shifted(name, images, 3, seed=4), first)
 
 
-@pytest.mark.parametrize("name", ["noise", "rotation", "translation"])
+@pytest.mark.parametrize(
+    "name",
+    ["noise", "rotation", "translation", "shot_noise", "impulse_noise", "motion_blur", "shear", "elastic"],
+)
 def test_other_seeds_give_other_images(name, images):
     assert not torch.equal(shifted(name, images, 3, seed=0), shifted(name, images, 3, seed=1))
+
+
+def test_the_five_of_the_first_version_keep_their_images():
+    """Fingerprints taken before there were others: figures of runs compare across versions."""
+    ramp = torch.linspace(0, 1, 2 * 64).view(2, 1, 8, 8)
+    sums = [round(shifted(name, ramp, 3, seed=2).double().square().sum().item(), 4) for name in DEFAULT]
+    assert sums == pytest.approx(FINGERPRINTS, abs=1e-3)
+
+
+def test_no_two_shifts_draw_the_same_numbers():
+    seeds = [
+        generator_of(number, severity, seed).initial_seed()
+        for number in range(len(CORRUPTIONS))
+        for severity in SEVERITIES
+        for seed in range(3)
+    ]
+    assert len(set(seeds)) == len(seeds)
 
 
 def test_uint8_images_are_shifted_as_their_fractions():
@@ -121,7 +144,7 @@ def test_evaluation_averages_severities_and_shifts():
     for name in both:
         assert both[name] == pytest.approx((single[1][name] + single[5][name]) / 2)
         assert single[1][name] >= single[5][name]
-    assert both["mean"] == pytest.approx(sum(both[name] for name in SHIFTS) / 5)
+    assert both["mean"] == pytest.approx(sum(both[name] for name in DEFAULT) / 5)
 
 
 def test_unknown_shifts_and_severities_are_named(images):

@@ -168,7 +168,7 @@ def test_what_a_job_asks_of_text() -> None:
     drawn = found.drawn(5, seed=1, batch_size=2)
     assert [len(x) for x, _ in drawn] == [2, 2, 1]
     assert all(torch.equal(x[:, 1:], y[:, :-1]) for x, y in drawn)
-    assert found.shifts(model) == {}
+    assert [shift.name for shift in found.shifts()] == ["typos", "casing", "docstrings"]
     assert set(found.figures) == set(found.evaluate(model, found.test_x, found.test_y))
     assert found.validate(model)["loss"] == found.evaluate(model, found.val_x, found.val_y)["loss"]
     assert found.rank({"validation_loss": 1.0}) > found.rank({"validation_loss": 1.1})

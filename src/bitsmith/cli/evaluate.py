@@ -12,8 +12,12 @@ from bitsmith.cli.show import output, print_json, table
 
 EXAMPLES = (
     ("bitsmith evaluate runs/digits", "on the test images of the run"),
-    ("bitsmith evaluate runs/digits --shift all", "under noise, blur, contrast, rotation and translation"),
-    ("bitsmith evaluate runs/digits --data npz:mine.npz", "on your own images"),
+    (
+        "bitsmith evaluate runs/digits --shift corruptions --out shifts.html",
+        "float and quantized, with pictures",
+    ),
+    ("bitsmith evaluate runs/digits --shift noise,pgd --severity 3", "two shifts at one severity"),
+    ("bitsmith evaluate runs/digits --data npz:mine.npz", "on your own images, resized"),
     ("bitsmith evaluate runs/language --questions arc.jsonl", "how many questions a language model answers"),
 )
 LANGUAGE = ("loss", "perplexity", "bits_per_byte")
@@ -27,9 +31,21 @@ def command(
         str | None,
         typer.Option(
             metavar="SUITE",
-            help="all, or one of noise, blur, contrast, rotation, translation.",
+            help="default (what the run measured), all (whatever these data know: corruptions and attacks of "
+            "images, a left-out domain, typos and other prose of text, a table's other rows), corruptions, "
+            "adversarial, domains, text, covariate; or names of shifts, as noise,jpeg,pgd.",
             show_default=False,
         ),
+    ] = None,
+    severity: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="1..5", help="Only this severity; repeatable. Default: all.", show_default=False
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Also write a page with pictures and curves of the shifts."),
     ] = None,
     questions: Annotated[
         Path | None,
@@ -49,6 +65,9 @@ def command(
     from bitsmith.errors import RecipeError
     from bitsmith.recipe.reopen import ask_run, evaluate_run
 
+    for option, value in (("--severity", severity), ("--out", out)):
+        if value and shift is None:
+            raise RecipeError("there is no shift", where=option, got=value, remedy="Give --shift SUITE")
     if questions is not None:
         if shift is not None:
             raise RecipeError("questions know no shift", where="--shift", got=shift, remedy="Leave one out")
@@ -59,13 +78,18 @@ def command(
         raise RecipeError(
             "there are no questions", where="--limit", got=limit, remedy="Give --questions FILE"
         )
-    result = evaluate_run(run, data=data, shift=shift, factory=model)
+    result = evaluate_run(run, data=data, shift=shift, severities=severity, page=out, factory=model)
     print_json(result) if json else _show(result)
+    if out is not None and not json:
+        output().print(f"Page {out}")
 
 
 def _show(result: dict[str, Any]) -> None:
     from bitsmith.report.words import percent
 
+    if "shifts" in result:
+        _show_shifts(result)
+        return
     if "perplexity" in result:
         title = f"{result['data']}: {result['sequences']} test sequences"
         rows = [(key.replace("_", " "), f"{result[key]:.4g}") for key in LANGUAGE]
@@ -76,10 +100,32 @@ def _show(result: dict[str, Any]) -> None:
         ]
         output().print(table(title, ("", ""), rows))
         return
-    rows = [("as it is", percent(result["accuracy"], 2))]
-    rows += [(name, percent(value, 2)) for name, value in result["shift"].items()]
-    title = f"{result['data']}: {result['images']} test images"
-    output().print(table(title, ("", "accuracy"), rows))
+    if "mean_iou" in result:
+        row = ("as they are", percent(result["mean_iou"], 2), percent(result["accuracy"], 2))
+        output().print(table(_title(result), ("", "mean IoU", "pixels right"), [row]))
+        return
+    output().print(table(_title(result), ("", "accuracy"), [("as it is", percent(result["accuracy"], 2))]))
+
+
+def _title(result: dict[str, Any]) -> str:
+    unit = next(unit for unit in ("images", "rows", "sequences") if unit in result)
+    converted = f", {result['converted']}" if "converted" in result else ""
+    return f"{result['data']}: {result[unit]} test {unit}{converted}"
+
+
+def _show_shifts(result: dict[str, Any]) -> None:
+    """A row for each shift: float and quantized, then quantized at each severity."""
+    from bitsmith.report.shifts import measured, rows, severities
+
+    found = result["shifts"]
+    columns, cells = rows(found)
+    notes = []
+    if any(column.isdigit() for column in columns):
+        notes = [f"Means of {severities(found)}", "columns with a number: quantized at that severity"]
+    if "float" not in found["figures"]:
+        notes.append("this run has not kept its float model")
+    caption = "; ".join(notes)
+    output().print(table(f"{_title(result)}: {measured(found)}", columns, cells, caption=caption))
 
 
 def _show_answers(asked: dict[str, Any]) -> None:

@@ -37,6 +37,10 @@ OwnModel = Annotated[
 ]
 OtherData = Annotated[
     str | None,
-    _hint("DATA", "Other data: digits, npz:FILE, folder:DIR, pydoc, text:PATH, arithmetic, module:factory."),
+    _hint(
+        "DATA",
+        "Other data: digits, npz:FILE, folder:DIR, breast_cancer, pydoc, text:PATH, arithmetic, "
+        "module:factory.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]

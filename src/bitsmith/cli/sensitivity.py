@@ -67,9 +67,9 @@ def command(
 
 def _show(found: dict[str, Any], out: Path) -> None:
     from bitsmith.report.sensitivity import asked, bits_text, figure, kind_text, unit
-    from bitsmith.report.words import bits, points, small_percent
+    from bitsmith.report.words import bits, points, share, small_percent
 
-    console = output()
+    console, by = output(), share(found)
     by_budget = found["plan_from"] == "budget"
     kinds = " / ".join(kind_text(entry["kind"]) for entry in found["budget"])
     widths = sorted({width for site in found["sites"] for width in site["candidates"]})
@@ -106,7 +106,7 @@ def _show(found: dict[str, Any], out: Path) -> None:
                 figure(entry["score"]),
                 f"{entry['loss']:.3f}",
                 f"{entry['increase']:+.3f}",
-                points(entry["accuracy"] - found["float"]["accuracy"]),
+                points(entry[by.key] - found["float"][by.key]),
             )
             for entry in found["measured"]
         ]

@@ -79,7 +79,9 @@ class Display:
         from bitsmith.recipe.progress import STAGES
 
         name = STAGES.get(event.stage, event.stage)
-        values = "  ".join(f"{what} {figure(what, value)}" for what, value in event.values.items())
+        values = "  ".join(
+            f"{what.replace('iou', 'IoU')} {figure(what, value)}" for what, value in event.values.items()
+        )
         if event.note:
             self.console.print(f"[dim]{event.note}[/]")
         if event.stage not in self._tasks:
@@ -92,5 +94,5 @@ class Display:
 
 
 def figure(name: str, value: float) -> str:
-    """A progress figure: accuracies as percentages, losses with three digits."""
-    return f"{100 * value:.1f} %" if "accuracy" in name else f"{value:.3g}"
+    """A progress figure: accuracies and mean IoUs as percentages, losses with three digits."""
+    return f"{100 * value:.1f} %" if "accuracy" in name or "iou" in name else f"{value:.3g}"

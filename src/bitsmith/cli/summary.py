@@ -19,6 +19,7 @@ from bitsmith.report.words import (
     against_float,
     asked,
     change,
+    common_share,
     count,
     decimals,
     factor,
@@ -68,17 +69,18 @@ def summary(run: Run) -> Panel:
 
 
 def _accuracies(run: Run) -> Table:
-    """Accuracy of each stage, in distribution and under shift, and its distance from float."""
-    digits = decimals(run)
+    """Accuracy or mean IoU of each stage, in distribution and under shift, and its distance from float."""
+    digits, by = decimals(run), measure(run)
     made = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for column in ("", "accuracy", "points from float", "under shift"):
+    for column in ("", by.word, "points from float", "under shift"):
         made.add_column(column, justify="left" if not column else "right")
     shift = run.metrics.get("shift") or {}
     for key, name in STAGES:
-        accuracy = run.accuracy(key)
+        accuracy = run.figure(key, by.key)
         if accuracy is None:
             continue
-        difference = "" if key == "float" else points(accuracy - (run.accuracy("float") or 0.0), digits)
+        before = run.figure("float", by.key) or 0.0
+        difference = "" if key == "float" else points(accuracy - before, digits)
         shifted = (shift.get(key) or {}).get("mean")
         made.add_row(
             name,
@@ -172,8 +174,10 @@ def side_by_side(runs: Sequence[Run]) -> Table:
 def on_front(run: Run, runs: Sequence[Run]) -> bool:
     """Whether no other run is at least as good in size and accuracy, and better in one of them."""
 
+    by = common_share(runs)
+
     def figures(of: Run) -> tuple[float, float]:
-        return -(of.cost("weight_bytes") or 0.0), of.accuracy("quantized") or 0.0
+        return -(of.cost("weight_bytes") or 0.0), of.figure("quantized", by.key) or 0.0
 
     own = figures(run)
     return not any(other[0] >= own[0] and other[1] >= own[1] and other != own for other in map(figures, runs))

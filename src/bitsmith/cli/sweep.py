@@ -95,13 +95,14 @@ def _show(found: dict[str, Any], out: Path) -> None:
         spots,
         verdicts,
     )
-    from bitsmith.report.words import small_percent
+    from bitsmith.report.words import share, small_percent
 
     known = spots(found)
 
     def accuracy(plan: dict[str, Any]) -> str:
-        beaten = dominator(Spot("", "", plan["used"], plan["accuracy"], ()), known)
-        return f"{'○ ' if beaten else ''}{percent(found, plan['accuracy'])}"
+        value = plan[share(found).key]
+        beaten = dominator(Spot("", "", plan["used"], value, ()), known)
+        return f"{'○ ' if beaten else ''}{percent(found, value)}"
 
     rows = [
         (

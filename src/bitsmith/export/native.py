@@ -41,6 +41,7 @@ from bitsmith.quantization.integer_layers import (
     Form,
     FrozenQuantizer,
     IntegerConv,
+    IntegerConvTranspose,
     IntegerEmbedding,
     IntegerLayer,
     IntegerLinear,
@@ -58,6 +59,7 @@ CONFIG_DIGEST = "config_sha256"
 FLOAT_LAYERS: dict[str, tuple[type[nn.Module], ...]] = {
     "linear": (nn.Linear,),
     "conv": (nn.Conv1d, nn.Conv2d),
+    "conv_transpose": (nn.ConvTranspose2d,),
     "embedding": (nn.Embedding,),
     "matmul": (MatMul,),
 }
@@ -156,6 +158,8 @@ def _describe(name: str, layer: IntegerLayer, layers: dict[str, IntegerLayer]) -
         entry["transposed"] = True
     if isinstance(layer, IntegerConv):
         entry["geometry"] = vars(layer.geometry)
+    if isinstance(layer, IntegerConvTranspose):
+        entry["output_padding"] = layer.output_padding
     return entry
 
 
@@ -204,7 +208,9 @@ def _assemble(
             )
         made[name] = _layer(name, entry, tensors, made)
         weight, before = getattr(made[name], "weight", None), getattr(modules[name], "weight", None)
-        shape = None if weight is None else tuple(weight.shape)[:: -1 if transposed else 1]
+        shape = None if weight is None else tuple(weight.shape)
+        if shape is not None and (transposed or kind == "conv_transpose"):
+            shape = (shape[1], shape[0], *shape[2:])
         if weight is not None and before is not None and shape != tuple(before.shape):
             raise FormatError(
                 "this layer has another shape in the model",
@@ -258,7 +264,8 @@ def _layer(
     if kind == "matmul":
         return IntegerMatMul(*(_quantizer(f"{prefix}{o}", entry.get(o), tensors) for o in ("left", "right")))
     transposed = entry.get("transposed") is True
-    weight = _weight(f"{prefix}weight", entry["weight"], tensors, made, transposed)
+    inputs_first = transposed or kind == "conv_transpose"
+    weight = _weight(f"{prefix}weight", entry["weight"], tensors, made, inputs_first)
     if kind == "embedding":
         return IntegerEmbedding(weight)
     input, bias = _quantizer(f"{prefix}input", entry.get("input"), tensors), tensors.get(f"{prefix}bias")
@@ -267,18 +274,23 @@ def _layer(
     if kind == "linear":
         return IntegerLinear(weight, input, bias, transposed)
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["geometry"].items()}
+    if kind == "conv_transpose":
+        more = tuple(int(n) for n in entry["output_padding"])
+        return IntegerConvTranspose(weight, input, bias, ConvGeometry(**values), more)
     return IntegerConv(weight, input, bias, ConvGeometry(**values))
 
 
 def _weight(
-    site: str, entry: dict[str, Any], tensors: dict[str, Tensor], made: dict[str, Any], transposed: bool
+    site: str, entry: dict[str, Any], tensors: dict[str, Tensor], made: dict[str, Any], inputs_first: bool
 ) -> PackedWeight | FloatWeight:
     if "tied_to" in entry:
         weight: PackedWeight | FloatWeight = made[entry["tied_to"]].weight
         return weight
     if entry.get("float") is True:
         values = _floats(f"{site}.values", tensors)
-        return FloatWeight(values.t().contiguous().t() if transposed else values)  # to be summed as before
+        if inputs_first:  # to be summed as before
+            values = values.transpose(0, 1).contiguous().transpose(0, 1)
+        return FloatWeight(values)
     form = _form(site, entry)
     if form.shape is None:
         raise ValueError(f"{site} has no shape")

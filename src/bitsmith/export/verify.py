@@ -33,6 +33,7 @@ from bitsmith.numerics.blocks import from_groups
 from bitsmith.quantization.bits import in_words, mean_width
 from bitsmith.quantization.integer_layers import PackedWeight, packed_sites
 from bitsmith.quantization.layers import WITH_WEIGHTS, weight_of
+from bitsmith.train.distillation import classes_last
 
 AGREEMENT = 0.995  # rows with the same prediction
 WITHIN = 0.99  # rows within the tolerance
@@ -214,7 +215,8 @@ def _check_outputs(
     examined = outside[:: max(1, len(outside) // TIE_ROWS)]
     found = sum(_count_ties(opened, trained, x[rows]) for rows in examined.split(64) if len(rows))
     tied = round(found / max(1, len(examined)) * len(outside))
-    agreement = (output.argmax(-1) == reference.argmax(-1)).double().mean().item()
+    answers, wanted = (classes_last(tensor).argmax(-1) for tensor in (output, reference))
+    agreement = (answers == wanted).double().mean().item()
     explained = (int(within.sum()) + tied) / len(x)
     entry |= {
         "agreement": agreement,
@@ -264,7 +266,7 @@ def _error(got: Tensor, want: Tensor) -> Tensor:
 
 
 def _accuracy(output: Tensor, y: Tensor) -> dict[str, float]:
-    return {"accuracy": (output.argmax(-1) == y).double().mean().item()}
+    return {"accuracy": (classes_last(output).argmax(-1) == y).double().mean().item()}
 
 
 def _at(error: ExportMismatch | FormatError, path: str) -> ExportMismatch:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 if TYPE_CHECKING:
     from bitsmith.quantization import Plan
@@ -28,7 +29,14 @@ Closure = Callable[[], Tensor]
 
 
 class Method(nn.Module):
-    """Base of all methods: override the hooks that you need."""
+    """Base of all methods: override the hooks that you need.
+
+    turn: a run calls each hook of its methods in rising order of it, equal ones as they were given; so that
+    their order in a recipe decides nothing. Below 0: a second pass, which replaces the gradients that others
+    change. 0: what decides widths. Above 0: what needs the widths of the next forward.
+    """
+
+    turn = 0
 
     def attach(self, model: nn.Module) -> None:
         """Choose bit-widths, add parameters to the model, remember sites; once, before `calibrate`."""
@@ -46,6 +54,12 @@ class Method(nn.Module):
 
         No hook but a number: a term at a site (quantization.site_terms) has no other way to know it. A step
         of one micro-batch need not say 1.
+        """
+
+    def optimizer_made(self, optimizer: Optimizer) -> None:
+        """Said once, before the first step, of the optimizer that moves the model's parameters.
+
+        No hook either: for a method that keeps tensors of its own which move as the model's do.
         """
 
     def after_backward(self, closure: Closure) -> None:

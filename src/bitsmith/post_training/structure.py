@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bitsmith.quantization.layers import QuantConv1d, QuantConv2d, QuantLinear, in_eval_mode
+from bitsmith.quantization.layers import (
+    QuantConv1d,
+    QuantConv2d,
+    QuantConvTranspose2d,
+    QuantLinear,
+    in_eval_mode,
+)
 from bitsmith.quantization.quantizer import Quantizer
 
 WITH_WEIGHTS = (QuantLinear, QuantConv1d, QuantConv2d)
@@ -164,6 +170,8 @@ def _handled(model: nn.Module, shape: Structure) -> dict[str, Any]:
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     for name, layer in model.named_modules():
+        if isinstance(layer, QuantConvTranspose2d):
+            shape.left[name] = "a transposed convolution: it is rounded to nearest"
         if not isinstance(layer, WITH_WEIGHTS):
             continue
         quantizer = layer.weight_quantizer

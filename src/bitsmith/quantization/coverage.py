@@ -125,6 +125,8 @@ def _reason(module: nn.Module, parameter_name: str) -> str:
         return f"{kind}: normalisation stays in float"
     if getattr(module, "max_norm", None) is not None:
         return f"{kind} with max_norm changes its weight in forward"
+    if isinstance(module, nn.ConvTranspose2d) and module.groups > 1:
+        return f"no quantized form of {kind} in groups"
     if kind == "Conv1D":  # transformers', by its name: to import it takes seconds
         return "no quantized form of Conv1D unless named: swaps={Conv1D: QuantTransposedLinear}"
     parents = [base.__name__ for base in SWAPS if isinstance(module, base)]

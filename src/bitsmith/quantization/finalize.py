@@ -24,6 +24,7 @@ from bitsmith.quantization.integer_layers import (
     Form,
     FrozenQuantizer,
     IntegerConv,
+    IntegerConvTranspose,
     IntegerEmbedding,
     IntegerLayer,
     IntegerLinear,
@@ -31,8 +32,8 @@ from bitsmith.quantization.integer_layers import (
     PackedWeight,
 )
 from bitsmith.quantization.layers import (
-    QuantConv1d,
-    QuantConv2d,
+    CONVOLUTIONS,
+    QuantConvTranspose2d,
     QuantEmbedding,
     QuantLayer,
     QuantMatMul,
@@ -78,12 +79,14 @@ def pack_layer(layer: QuantLayer, norm: Any, weights: dict[int, PackedWeight | F
     if isinstance(layer, QuantEmbedding):
         return IntegerEmbedding(weight)
     input = freeze(layer.input_quantizer)
-    if not isinstance(layer, QuantConv1d | QuantConv2d):
+    if not isinstance(layer, CONVOLUTIONS):
         return IntegerLinear(weight, input, bias, isinstance(layer, QuantTransposedLinear))
     border = tuple(layer._reversed_padding_repeated_twice) if layer.padding_mode != "zeros" else ()
     geometry = ConvGeometry(
         layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode, border
     )
+    if isinstance(layer, QuantConvTranspose2d):
+        return IntegerConvTranspose(weight, input, bias, geometry, layer.output_padding)
     return IntegerConv(weight, input, bias, geometry)
 
 

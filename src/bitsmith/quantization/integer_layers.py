@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -267,6 +267,7 @@ class IntegerConv(nn.Module):
     """A convolution over one or two axes with packed weights (out, in/groups, *kernel)."""
 
     kind = "conv"
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -287,6 +288,29 @@ class IntegerConv(nn.Module):
             x, padding = F.pad(x, g.border, mode=g.padding_mode), 0
         convolve: Any = F.conv1d if len(self.weight.shape) == 3 else F.conv2d
         return convolve(x, self.weight(), self.bias, g.stride, padding, g.dilation, g.groups)
+
+
+class IntegerConvTranspose(IntegerConv):
+    """A transposed convolution over two axes of one group with packed weights (out, in, *kernel)."""
+
+    kind = "conv_transpose"
+
+    def __init__(
+        self,
+        weight: PackedWeight | FloatWeight,
+        input: FrozenQuantizer | None,
+        bias: Tensor | None,
+        geometry: ConvGeometry,
+        output_padding: tuple[int, ...],
+    ) -> None:
+        super().__init__(weight, input, bias, geometry)
+        self.output_padding = output_padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        g, more = self.geometry, self.output_padding
+        x, padding = x if self.input is None else self.input(x), cast(tuple[int, ...], g.padding)
+        weight, bias = self.weight().transpose(0, 1), self.bias
+        return F.conv_transpose2d(x, weight, bias, g.stride, padding, more, g.groups, g.dilation)
 
 
 class IntegerEmbedding(nn.Module):

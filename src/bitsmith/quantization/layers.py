@@ -6,9 +6,10 @@ ties and every reference to the layer stay what they were. A quantizer that is N
 float. MatMul is a product of two activations as a module (the two of attention), because only a module can
 carry sites; a function call inside a forward cannot. An embedding has one operand: its inputs are indices.
 
-Channels are the first axis of a weight. Where a layer keeps it as (in, out), as transformers' Conv1D does,
-`weight_of` is the transposed view, and whatever looks at weights goes through it: scales, widths per channel,
-groups of inputs, packing and cost are then a Linear's, and the parameter keeps the shape of its checkpoints.
+Channels are the first axis of a weight. Where a layer keeps it as (in, out, ...), as transformers' Conv1D and
+transposed convolutions do, `weight_of` is the transposed view, and whatever looks at weights goes through it:
+scales, widths per channel, groups of inputs, packing and cost are then those of any other layer, and the
+parameter keeps the shape of its checkpoints.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitsmith.errors import SiteError
 from bitsmith.quantization.quantizer import Quantizer
 
 
@@ -125,6 +127,38 @@ class QuantConv2d(nn.Conv2d):
         )
 
 
+class QuantConvTranspose2d(nn.ConvTranspose2d):
+    """nn.ConvTranspose2d of one group with quantized weight and input. Its parameter is (in, out, *kernel),
+    its codes are (out, in, *kernel). An ``output_size`` is nothing that a file could hold: it is refused.
+    """
+
+    weight_quantizer: Quantizer | None
+    input_quantizer: Quantizer | None
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """(N, C, H, W) -> (N, C', H', W'). Raises SiteError for an ``output_size``."""
+        if output_size is not None:
+            raise SiteError(
+                "a quantized transposed convolution has one output size",
+                where=next((q.name for q in (self.weight_quantizer, self.input_quantizer) if q), ""),
+                got=f"output_size {tuple(output_size)}",
+                remedy="Give the layer an output_padding instead",
+            )
+        weight = self.weight.transpose(0, 1)
+        if self.weight_quantizer is not None:
+            # As a packed weight lies, so that both sum in one order, and quantizers reduce along memory.
+            weight = self.weight_quantizer(weight.clone(memory_format=torch.contiguous_format))
+        return self._conv_forward(
+            x if self.input_quantizer is None else self.input_quantizer(x), weight, self.bias
+        )
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """With a weight (out, in, *kernel), as nn.Conv2d's."""
+        weight = weight.transpose(0, 1)
+        stride, padding, more = self.stride, self.padding, self.output_padding
+        return F.conv_transpose2d(x, weight, bias, stride, padding, more, 1, self.dilation)  # type: ignore[arg-type]
+
+
 class QuantMatMul(MatMul):
     """MatMul with both operands quantized."""
 
@@ -137,14 +171,25 @@ class QuantMatMul(MatMul):
         return torch.matmul(left, right if self.right_quantizer is None else self.right_quantizer(right))
 
 
-QuantLayer = QuantLinear | QuantTransposedLinear | QuantConv1d | QuantConv2d | QuantEmbedding | QuantMatMul
-WITH_WEIGHTS = (QuantLinear, QuantTransposedLinear, QuantConv1d, QuantConv2d, QuantEmbedding)
+CONVOLUTIONS = (QuantConv1d, QuantConv2d, QuantConvTranspose2d)  # channels of what comes and goes: axis 1
+INPUTS_FIRST = (QuantTransposedLinear, QuantConvTranspose2d)  # a weight (in, out, ...)
+WITH_WEIGHTS = (QuantLinear, QuantTransposedLinear, *CONVOLUTIONS, QuantEmbedding)
+QuantLayer = (
+    QuantLinear
+    | QuantTransposedLinear
+    | QuantConv1d
+    | QuantConv2d
+    | QuantConvTranspose2d
+    | QuantEmbedding
+    | QuantMatMul
+)
 
 # Float class -> its quantized form, and the operands that become sites.
 SWAPS: dict[type[nn.Module], tuple[type[nn.Module], tuple[str, ...]]] = {
     nn.Linear: (QuantLinear, ("weight", "input")),
     nn.Conv1d: (QuantConv1d, ("weight", "input")),
     nn.Conv2d: (QuantConv2d, ("weight", "input")),
+    nn.ConvTranspose2d: (QuantConvTranspose2d, ("weight", "input")),
     nn.Embedding: (QuantEmbedding, ("weight",)),
     MatMul: (QuantMatMul, ("left", "right")),
 }
@@ -158,7 +203,7 @@ def weight_of(layer: nn.Module, kind: type[nn.Module] | None = None) -> Tensor:
     """The weight of a layer as its quantizer sees it, channels first: the parameter, or its transposed view.
     ``kind``: the quantized class, of a layer that is not prepared yet."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    return weight.t() if issubclass(kind or type(layer), QuantTransposedLinear) else weight
+    return weight.transpose(0, 1) if issubclass(kind or type(layer), INPUTS_FIRST) else weight
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:

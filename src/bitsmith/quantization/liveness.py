@@ -3,9 +3,11 @@
 A tensor lives from the operation that makes it to the last one that reads it; views share a storage and are
 one tensor. What only quantizers read is held at the width of its site (the widest, where several read it);
 any other activation counts as float. As in the kernels of runtimes, an activation function is computed by
-the operation before it, whose own result then takes no memory; and as the largest of the rounded values is
-the rounded largest, what only max pooling reads is held at the width of the pooled tensor. This counts what
-must exist, not what an allocator keeps: no fragmentation, no workspaces, no other fusion or reuse.
+the operation before it, whose own result then takes no memory. What only selects or places values (max
+pooling, concatenation, upsampling to the nearest) gives for rounded values what it gives, rounded: a tensor
+that such operations read is held at the width of what they make, its codes on one grid with those beside it.
+This counts what must exist, not what an allocator keeps: no fragmentation, no workspaces, no other fusion or
+reuse.
 """
 
 from __future__ import annotations
@@ -31,6 +33,9 @@ MAX_POOLS = {
         "mkldnn_max_pool2d", "mkldnn_max_pool3d",
     )
 }  # fmt: skip
+PLACING = MAX_POOLS | {
+    getattr(torch.ops.aten, name) for name in ("cat", "upsample_nearest1d", "upsample_nearest2d")
+}
 
 
 @dataclass(frozen=True)
@@ -115,9 +120,8 @@ class _Watch(TorchDispatchMode):
         self.readers: list[set[str]] = []
         self.in_float: list[bool] = []
         self.reads: list[int] = []
-        self.source: dict[
-            int, tuple[int, bool]
-        ] = {}  # tensor -> what it was computed from, and whether at once
+        self.source: dict[int, int] = {}  # tensor -> the one that it was computed from, value by value
+        self.parts: dict[int, list[int]] = {}  # tensor -> those whose values it selects or places
         for leaf in tree_leaves(arguments):
             if isinstance(leaf, Tensor):
                 self.make(leaf)
@@ -171,28 +175,33 @@ class _Watch(TorchDispatchMode):
         read = {_key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and _key(leaf) not in read]
         from_one = [at for key in read if (at := self.index.get(key)) is not None]
-        at_once, pooled = torch.Tag.pointwise in func.tags, func.overloadpacket in MAX_POOLS
-        joined = len(from_one) == 1 and not read & self.coded and (at_once or pooled)
+        placed = func.overloadpacket in PLACING and not read & self.coded
+        joined = len(from_one) == 1 and not read & self.coded and torch.Tag.pointwise in func.tags
         for key in read:
-            self.touch(key, in_float=key not in self.coded and not (joined and not made))
+            self.touch(key, in_float=key not in self.coded and not placed and not (joined and not made))
         if read and all(key in self.index and self.index[key] is None for key in read):
             for leaf in made:  # of weights alone: another form of them
                 self.index[_key(leaf)] = None
             return output
-        for leaf in made[:1] if pooled else made:  # a runtime keeps no indices of the largest
+        for leaf in made[:1] if placed else made:  # a runtime keeps no indices of the largest
             self.make(leaf)
             if joined:
-                self.source[len(self.sizes) - 1] = (from_one[0], at_once)
+                self.source[len(self.sizes) - 1] = from_one[0]
+            elif placed:
+                self.parts[len(self.sizes) - 1] = from_one
         return output
 
     def _join(self) -> None:
         """Let a tensor take the place of the one that it alone was computed from, or share its width."""
-        joined = [(to, *self.source[to]) for to in self.source if self.reads[self.source[to][0]] == 1]
-        for to, at, _ in reversed(joined):
-            self.readers[at], self.in_float[at] = self.readers[to], self.in_float[to]
-        for to, at, at_once in joined:
-            if at_once:
-                self.sizes[at], self.born[to] = 0, self.born[at]
+        joined = {to: at for to, at in self.source.items() if self.reads[at] == 1}
+        for to in sorted({*joined, *self.parts}, reverse=True):  # a tensor comes after all that it is made of
+            if to in joined:
+                self.readers[joined[to]], self.in_float[joined[to]] = self.readers[to], self.in_float[to]
+            for at in self.parts.get(to, ()):
+                self.readers[at] |= self.readers[to]
+                self.in_float[at] |= self.in_float[to]
+        for to, at in joined.items():
+            self.sizes[at], self.born[to] = 0, self.born[at]
 
     def result(self) -> Liveness:
         self._join()

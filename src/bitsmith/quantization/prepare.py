@@ -18,10 +18,10 @@ from bitsmith.errors import SchemeError, SiteError, listing, nearest
 from bitsmith.numerics.blocks import group_count
 from bitsmith.quantization.coverage import Coverage, coverage
 from bitsmith.quantization.layers import (
+    CONVOLUTIONS,
     SWAPS,
     SWAPS_BY_QUANT,
-    QuantConv1d,
-    QuantConv2d,
+    QuantConvTranspose2d,
     QuantMatMul,
     weight_of,
 )
@@ -71,7 +71,8 @@ def prepare(
         raise SiteError(
             "this model has no layer to quantize",
             where=type(model).__name__,
-            expected="at least one nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding or bitsmith MatMul",
+            expected="at least one nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding or "
+            "bitsmith MatMul",
             remedy="Put products that live in forward() into such modules, or name other classes in swaps",
         )
     schemes, pinned = _schemes(operands, weights, activations, overrides or {}, first_last_bits)
@@ -146,11 +147,13 @@ class Operand(NamedTuple):
 def _operands(model: nn.Module, kinds: Mapping[type[nn.Module], type[nn.Module]]) -> Iterator[Operand]:
     """Every operand that can be a site. Subclasses are left alone: their forward may not use the weight as
     their parent does (nn.MultiheadAttention's out_proj is one); so is an embedding with ``max_norm``, whose
-    forward changes the weight."""
+    forward changes the weight, and a transposed convolution in groups, whose channels lie on two axes."""
     owners: dict[int, str] = {}
     for layer_name, layer in model.named_modules():
         swap = kinds.get(type(layer))
         if swap is None or getattr(layer, "max_norm", None) is not None:
+            continue
+        if swap is QuantConvTranspose2d and layer.groups > 1:
             continue
         for operand in SWAPS_BY_QUANT[swap]:
             site = f"{layer_name}.{operand}" if layer_name else operand
@@ -210,7 +213,7 @@ def _quantizer(operand: Operand, scheme: Scheme, target: Target) -> Quantizer:
                     got="channel",
                     expected="tensor or token",
                 )
-            if operand.swap in (QuantConv1d, QuantConv2d):
+            if operand.swap in CONVOLUTIONS:
                 ones, channels = (1,) * (operand.weight.ndim - 2), int(operand.layer.in_channels)
                 return Quantizer(name, kind, scheme, channels=channels, view=(-1, *ones), axis=1)
             return Quantizer(name, kind, scheme, channels=operand.weight.shape[1], view=(-1,), axis=-1)

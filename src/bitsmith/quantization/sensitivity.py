@@ -20,11 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from bitsmith.quantization.layers import (
+    CONVOLUTIONS,
+    INPUTS_FIRST,
     SWAPS_BY_QUANT,
-    QuantConv1d,
-    QuantConv2d,
     QuantEmbedding,
-    QuantTransposedLinear,
     in_eval_mode,
     weight_of,
 )
@@ -150,7 +149,7 @@ def _by_channel(layer: Any, squares: Tensor, inputs: tuple[Tensor, ...]) -> Tens
     if isinstance(layer, QuantEmbedding):
         sums = squares.sum(-1).flatten()
         return sums.new_zeros(layer.num_embeddings).index_add_(0, inputs[0].flatten(), sums)
-    axis = 1 if isinstance(layer, QuantConv1d | QuantConv2d) else squares.ndim - 1
+    axis = 1 if isinstance(layer, CONVOLUTIONS) else squares.ndim - 1
     return squares.movedim(axis, 0).flatten(1).sum(1)
 
 
@@ -162,7 +161,7 @@ def _output_at(
         held = layer.weight.data
         changed = quantizer.at_row(weight_of(layer).data, row)
         try:
-            layer.weight.data = changed.t() if isinstance(layer, QuantTransposedLinear) else changed
+            layer.weight.data = changed.transpose(0, 1) if isinstance(layer, INPUTS_FIRST) else changed
             return layer(*inputs)
         finally:
             layer.weight.data = held

@@ -23,7 +23,7 @@ from torch.autograd import Function
 
 from bitsmith.errors import SiteError
 from bitsmith.numerics.output_error import output_error_gradient
-from bitsmith.quantization.layers import SWAPS_BY_QUANT, QuantEmbedding, weight_of
+from bitsmith.quantization.layers import CONVOLUTIONS, SWAPS_BY_QUANT, QuantEmbedding, weight_of
 
 
 def approximate(
@@ -71,7 +71,7 @@ def float_output(layer: Any, x: Tensor) -> Tensor:
     if isinstance(layer, QuantEmbedding):
         return layer._rows(x, weight)
     bias = None if layer.bias is None else layer.bias.detach()
-    if isinstance(layer, nn.Conv1d | nn.Conv2d):
+    if isinstance(layer, CONVOLUTIONS):
         return layer._conv_forward(x, weight, bias)
     return F.linear(x, weight, bias)
 

@@ -22,9 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bitsmith.errors import SiteError
 from bitsmith.quantization.layers import (
+    CONVOLUTIONS,
     WITH_WEIGHTS,
-    QuantConv1d,
-    QuantConv2d,
+    QuantConvTranspose2d,
     QuantEmbedding,
     QuantMatMul,
     QuantTransposedLinear,
@@ -88,7 +88,7 @@ def trace(model: nn.Module, example: Any) -> Trace:
         if id(inputs[0]) in producers:
             layer = modules[producers[id(inputs[0])]]
             # Of a Linear's (N, T, C) a BatchNorm1d normalises T, which is not the axis of its weight.
-            if isinstance(layer, QuantConv1d | QuantConv2d) or inputs[0].ndim == 2:
+            if isinstance(layer, CONVOLUTIONS) or inputs[0].ndim == 2:
                 readers[producers[id(inputs[0])]] = names[id(norm)]
 
     hooks = []
@@ -189,6 +189,8 @@ def _macs(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> int:
         return 0
     if isinstance(layer, QuantMatMul):
         return output.numel() * inputs[0].shape[-1]
+    if isinstance(layer, QuantConvTranspose2d):  # each input meets the whole kernel, wherever it lands
+        return inputs[0].numel() * layer.weight[0].numel()
     return output.numel() * weight_of(layer)[0].numel()
 
 

@@ -77,8 +77,7 @@ def standing(model: nn.Module, data: Examples) -> dict[str, float]:
     validation = data.evaluate(model, *data.validation())
     return {
         **{name: test[name] for name in data.figures},
-        "validation_accuracy": validation["accuracy"],
-        "validation_loss": validation["loss"],
+        **{f"validation_{name}": validation[name] for name in ("accuracy", "loss", data.figures[0])},
     }
 
 

@@ -23,6 +23,7 @@ from bitsmith.quantization import CostModel, CostTable, measure, plan_of
 from bitsmith.quantization.cost_kinds import used
 from bitsmith.quantization.coverage import coverage
 from bitsmith.quantization.finalize import finalize
+from bitsmith.recipe import shifts
 from bitsmith.recipe.competition import Outcome
 from bitsmith.recipe.environment import environment
 from bitsmith.recipe.progress import Event, Progress
@@ -76,7 +77,10 @@ def deliver(
         Event(
             "export",
             values={
-                f"{name} {key}": e[key] for name, e in exported.items() for key in measured[:1] if key in e
+                f"{name} {key.replace('_', ' ')}": e[key]
+                for name, e in exported.items()
+                for key in measured[:1]
+                if key in e
             },
         )
     )
@@ -85,8 +89,12 @@ def deliver(
     started = time.perf_counter()
     models = {"float": float_model, "quantized": packed}
     figures, answers = _both({name: data.answers(model) for name, model in models.items()})
-    shift = {name: found for name, model in models.items() if (found := data.shifts(model))}
-    tell(Event("shift", values={f"{name} accuracy": found["mean"] for name, found in shift.items()}))
+    asked = recipe.shift
+    found = shifts.measure(models, {"quantized": trained}, data, asked.suite, asked.severities, plain=figures)
+    shifts.write(found, models | {"quantized": trained}, data, out)
+    shift = shifts.accuracies(found)
+    shown = data.figures[0].replace("_", " ") if "mean_iou" in data.figures else "accuracy"
+    tell(Event("shift", values={f"{name} {shown}": each["mean"] for name, each in shift.items()}))
     shift_seconds = time.perf_counter() - started
 
     metrics: dict[str, Any] = {

@@ -41,6 +41,7 @@ from bitsmith.recipe.threads import enough_threads
 from bitsmith.tasks import Examples, build, load
 from bitsmith.tasks.hub import swaps_of
 from bitsmith.tasks.resnet import load_weights
+from bitsmith.tasks.suites import chosen
 from bitsmith.train import Progress as TrainProgress
 from bitsmith.train import TrainConfig, train
 
@@ -117,7 +118,7 @@ def _run(
     post_training = data.evaluate(rounded, data.test_x, data.test_y)
     seconds["post_training"] = time.perf_counter() - started
     shown = data.figures[0]
-    tell(Event("post_training", values={f"test {shown}": post_training[shown]}))
+    tell(Event("post_training", values={f"test {shown.replace('_', ' ')}": post_training[shown]}))
 
     facts = train_quantized("qat", recipe, model, methods, float_model, data, out, tell)
     history["qat"], seconds["qat"] = facts["history"], facts["seconds"]
@@ -178,6 +179,7 @@ def read_inputs(recipe: Recipe) -> tuple[Examples, nn.Module]:
     if recipe.pretrained is not None:
         load_weights(model, recipe.pretrained)
     data.check(model, recipe.quantize.calibration_samples)
+    chosen(data, recipe.shift.suite, "shift.suite")  # a suite of other data is found out now
     return data, model
 
 
@@ -326,6 +328,7 @@ def _train(
         methods=methods,
         teacher=teacher,
         augment=data.augment,
+        augment_both=data.augment_both,
         validate=(lambda: data.validate(model)) if len(data.val_x) else None,
         progress=show,
         checkpoint=stage_path(out, f"{stage}_training"),

@@ -17,7 +17,8 @@ import yaml
 from pydantic import ValidationError
 
 from bitsmith.errors import BitsmithError, RecipeError, listing, nearest
-from bitsmith.recipe.methods import UNDECIDED, check_methods
+from bitsmith.recipe.composition import deciders
+from bitsmith.recipe.methods import check_methods
 from bitsmith.recipe.paths import located
 from bitsmith.recipe.schema import Recipe, known_keys, normalise, relocated, resolve
 
@@ -53,7 +54,7 @@ def parse_recipe(document: Mapping[str, Any], source: str = "recipe") -> Recipe:
             got=recipe.plan,
             remedy="To train this plan, add --set methods=[]; to search, leave the plan out",
         )
-    searching = [name for entry in recipe.methods for name in entry if name in UNDECIDED]
+    searching = deciders({name: options for entry in recipe.methods for name, options in entry.items()})
     if recipe.post_training is not None and searching:
         raise RecipeError(
             f"weights cannot be rounded while {searching[0]} has not decided their widths",

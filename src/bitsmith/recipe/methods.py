@@ -16,15 +16,16 @@ from torch import Tensor
 
 from bitsmith.errors import RecipeError, listing, nearest
 from bitsmith.methods.method import Method
+from bitsmith.recipe.composition import check_composition
 
 METHODS: dict[str, str] = {  # recipe key -> "file.Class" in bitsmith.methods
     "budget_search": "budget_search.BudgetSearch",
     "fractional_bits": "fractional_bits.FractionalBits",
     "output_approximation": "output_approximation.OutputApproximation",
     "progressive_bits": "progressive_bits.ProgressiveBits",
+    "sharpness": "sharpness.Sharpness",
+    "weight_anchor": "weight_anchor.WeightAnchor",
 }
-# widths are not final when training begins
-UNDECIDED = ("budget_search", "fractional_bits", "progressive_bits")
 
 
 def method_class(name: str) -> Callable[..., Method]:
@@ -34,7 +35,8 @@ def method_class(name: str) -> Callable[..., Method]:
 
 
 def check_methods(entries: Sequence[dict[str, dict[str, Any]]], source: str) -> None:
-    """Refuse an entry that is not one known method with known options. Raises RecipeError."""
+    """Refuse an entry that is not one known method with known options, and methods that do not go together.
+    Raises RecipeError."""
     for index, entry in enumerate(entries):
         where = f"{source}, methods.{index}"
         if len(entry) != 1:
@@ -69,6 +71,7 @@ def check_methods(entries: Sequence[dict[str, dict[str, Any]]], source: str) -> 
                     remedy=f"Did you mean {near[0]}?" if near else "Remove it",
                 )
         _check_required(method_class(name), options, f"{where}.{name}")
+    check_composition(entries, source)
 
 
 def _check_required(kind: Callable[..., Method], options: dict[str, Any], where: str) -> None:

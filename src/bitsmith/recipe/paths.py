@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-DATA = ("npz:", "folder:", "text:")
+DATA = ("npz:", "folder:", "domains:", "masks:", "text:")
 HUB = "hf:"  # a folder where there is one of that name; else a name on a hub
 KEYS = ("pretrained", "plan")  # always a path; a target or a table is one where it ends in .json
 

@@ -10,27 +10,32 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from bitsmith.errors import FormatError, RecipeError, listing, nearest
+from bitsmith.errors import BitsmithError, FormatError, RecipeError, listing, nearest
 from bitsmith.export import load as load_model
 from bitsmith.export import verify
 from bitsmith.files import read_json, write_json
 from bitsmith.quantization import Plan
 from bitsmith.quantization.finalize import finalize
 from bitsmith.quantization.integer_layers import PackedWeight, packed_sites
+from bitsmith.recipe import shifts
 from bitsmith.recipe.deliver import write_exports
 from bitsmith.recipe.directory import load_stage, stage_path
 from bitsmith.recipe.job import prepare_sites
 from bitsmith.recipe.load import load_recipe
 from bitsmith.recipe.schema import EXPORTS, NO_RUNTIME, Recipe
+from bitsmith.report import write_shift_page
 from bitsmith.tasks import Data, Examples, TextData, build
 from bitsmith.tasks import load as load_data
+from bitsmith.tasks.convert import like
 from bitsmith.tasks.data import LOADERS
 from bitsmith.tasks.models import HUB, MODELS, NOT_STRUCTURE
 from bitsmith.tasks.questions import Question, read_questions
+from bitsmith.tasks.resnet import load_weights
 from bitsmith.tasks.scoring import MOST_TOKENS, score
-from bitsmith.tasks.shifts import SHIFTS, evaluate_shifts
+from bitsmith.tasks.shifts import SEVERITIES, check_severities
+from bitsmith.tasks.suites import chosen
 
 
 def inspect_path(path: Path) -> dict[str, Any]:
@@ -86,41 +91,68 @@ def _packed_sites(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def evaluate_run(
-    path: Path, *, data: str | None = None, shift: str | None = None, factory: str | None = None
+    path: Path,
+    *,
+    data: str | None = None,
+    shift: str | None = None,
+    severities: Sequence[int] | None = None,
+    page: Path | None = None,
+    factory: str | None = None,
 ) -> dict[str, Any]:
     """The metrics of a run's packed model on its test split, or on that of ``data``.
 
-    ``shift``: the name of a shift, or "all". Raises RecipeError, FormatError, DataError.
+    ``shift``: a suite (tasks.suites); then its float model is measured as well, where the run kept it. At
+    ``severities``, or else at all of them, while figures are the means of those that the recipe names.
+    ``page``: the file that is written to show all of it. Raises RecipeError, FormatError, DataError.
     """
-    if shift not in (None, "all", *SHIFTS):
-        near = nearest(str(shift), SHIFTS, 1)
-        raise RecipeError(
-            "there is no such shift",
-            where="--shift",
-            got=shift,
-            expected=f"all, {listing(SHIFTS)}",
-            remedy=f"Did you mean {near[0]}?" if near else "",
-        )
-    model, examples = reopen(path, data, factory)
-    shifts: dict[str, float] = {}
-    if shift is not None:
-        if not isinstance(examples, Data):
-            raise RecipeError(
-                "no shift is known of these data",
-                where="--shift",
-                got=examples.name,
-                expected="images",
-                remedy="Leave --shift out",
-            )
-        found = evaluate_shifts(model, examples)
-        shifts = found if shift == "all" else {shift: found[shift]}
-    return {
+    recipe = _recipe(path)
+    examples, converted = _fitting(path, recipe, data)
+    model = _packed(path, recipe, factory)
+    result = {
         "run": str(path),
         "data": examples.name,
+        **({"converted": converted} if converted else {}),
         examples.unit: len(examples.test_x),
         **examples.evaluate(model, examples.test_x, examples.test_y),
-        "shift": shifts,
+        "shift": {},
     }
+    if shift is None:
+        return result
+    suite = recipe.shift.suite if shift == "default" else shift  # what the run itself measured
+    if severities is not None:
+        check_severities(severities, "--severity")
+    attacks = any(one.attacks for one in chosen(examples, suite, "--shift"))
+    models = {"float": _kept_float(path, recipe, factory), "quantized": model}
+    known = {name: one for name, one in models.items() if one is not None}
+    trained = {"quantized": _trained(path, recipe, factory, examples.example())} if attacks else {}
+    over = tuple(severities or recipe.shift.severities)
+    found = shifts.measure(
+        known,
+        trained,
+        examples,
+        suite,
+        sorted(set(severities or SEVERITIES)),
+        over=over,
+        where="--shift",
+    )
+    if page is not None:
+        write_shift_page(found, shifts.drawn(found, known | trained, examples), page, str(path))
+    return result | {"shift": shifts.accuracies(found), "shifts": found}
+
+
+def _fitting(path: Path, recipe: Recipe, data: str | None) -> tuple[Examples, str]:
+    """The data, images as large and coloured as the run's own; and how they were converted, in words."""
+    examples = _data(path, recipe, data)
+    if data is None or not isinstance(examples, Data) or not _is_known("data", recipe.data.name):
+        return examples, ""
+    try:
+        own = _data(path, recipe, None)
+    except BitsmithError:  # its files are elsewhere by now: the images are taken as they are
+        return examples, ""
+    if not isinstance(own, Data):
+        return examples, ""
+    sizes = ["x".join(str(length) for length in one.shape) for one in (examples, own)]
+    return like(examples, own), " to ".join(sizes) if sizes[0] != sizes[1] else ""
 
 
 def ask_run(
@@ -170,20 +202,17 @@ def _scores(model: nn.Module, data: TextData, asked: Sequence[Question]) -> dict
 def _kept_float(path: Path, recipe: Recipe, factory: str | None) -> nn.Module | None:
     """The float model that a run started from, where the run kept it or can name it without code."""
     stage = load_stage(path, "float")
-    untouched = recipe.model.name.startswith(HUB) and not (recipe.float_train or recipe.pretrained or factory)
-    if stage is None and not untouched:
+    weights = recipe.pretrained or recipe.model.arguments.get("weights")
+    given = weights is not None and Path(weights).exists() and not recipe.float_train
+    untouched = recipe.model.name.startswith(HUB) and not (recipe.float_train or weights or factory)
+    if stage is None and not untouched and not given:
         return None
     model = _float_model(path, recipe, factory)
     if stage is not None:
         model.load_state_dict(stage[0])
-    return model
-
-
-def reopen(path: Path, data: str | None, factory: str | None) -> tuple[nn.Module, Examples]:
-    """The packed model of a run, and data for it. Raises RecipeError where code would have to be named."""
-    recipe = _recipe(path)
-    examples = _data(path, recipe, data)
-    return _packed(path, recipe, factory), examples
+    elif given and weights is not None:
+        load_weights(model, weights)
+    return model.eval()
 
 
 def _packed(path: Path, recipe: Recipe, factory: str | None) -> nn.Module:
@@ -228,14 +257,20 @@ def refuse_code(path: Path, recipe: Recipe, cure: str = "", *kinds: str) -> None
     names = {"model": recipe.model.name, "data": recipe.data.name}
     for kind in kinds or names:
         name = names[kind]
-        known = name in MODELS or name.startswith(HUB)
-        if not known if kind == "model" else name.partition(":")[0] not in LOADERS:
+        if not _is_known(kind, name):
             raise RecipeError(
                 f"this run's {kind} is made by code, which is not taken from a run directory",
                 where=str(path),
                 got=name,
                 remedy=f"Name it yourself: {cure or f'--{kind} {name}'}",
             )
+
+
+def _is_known(kind: str, name: str) -> bool:
+    """Whether a model or data set of this name is made without code of the user's."""
+    if kind == "model":
+        return name in MODELS or name.startswith(HUB)
+    return name.partition(":")[0] in LOADERS
 
 
 def check_exports(names: Sequence[str]) -> None:
@@ -270,10 +305,23 @@ def export_run(
             remedy="Give --to native, or run the recipe again with target: onnxruntime",
         )
     examples = _data(path, recipe, data)
+    model = _trained(path, recipe, factory, examples.example())
+    packed = finalize(model, examples.example())
+    paths = write_exports(packed, formats, path, examples.example())
+    certificate = verify(model, packed, paths, *examples.verified(), score=examples.score)
+    if (path / "certificate.json").exists():  # the files of other formats are still there
+        before = read_json(path / "certificate.json", "certificate")
+        certificate["exports"] = {**before.get("exports", {}), **certificate["exports"]}
+    write_json(path / "certificate.json", certificate)
+    return certificate, paths
+
+
+def _trained(path: Path, recipe: Recipe, factory: str | None, example: Tensor) -> nn.Module:
+    """The model that was delivered as it was trained: quantizers with their estimators, in eval mode."""
     model = _float_model(path, recipe, factory)
     searched = load_stage(path, "winner")
     plan = Plan.load(path / "plan.json") if recipe.plan is not None or searched is not None else None
-    prepare_sites(recipe.model_copy(update={"methods": []}), model, plan, examples.example())
+    prepare_sites(recipe.model_copy(update={"methods": []}), model, plan, example)
     stage = searched or load_stage(path, "qat")
     if stage is None:
         raise FormatError(
@@ -283,11 +331,4 @@ def export_run(
             remedy="Finish the run with --resume",
         )
     model.load_state_dict(stage[0])
-    packed = finalize(model.eval(), examples.example())
-    paths = write_exports(packed, formats, path, examples.example())
-    certificate = verify(model, packed, paths, *examples.verified(), score=examples.score)
-    if (path / "certificate.json").exists():  # the files of other formats are still there
-        before = read_json(path / "certificate.json", "certificate")
-        certificate["exports"] = {**before.get("exports", {}), **certificate["exports"]}
-    write_json(path / "certificate.json", certificate)
-    return certificate, paths
+    return model.eval()

@@ -28,6 +28,7 @@ from pydantic_core.core_schema import ValidationInfo
 from bitsmith.errors import BitsmithError, RecipeError
 from bitsmith.post_training.post_train import check_options
 from bitsmith.quantization.scheme import Scheme
+from bitsmith.tasks.shifts import MEASURED
 from bitsmith.train.config import TrainConfig
 
 Export = Literal["native", "onnx"]
@@ -117,6 +118,13 @@ class PostTraining(Section):
         return self.model_dump(exclude={"samples"})
 
 
+class Shifts(Section):
+    """Under which shifts, and how strong ones, both models are measured at the end (tasks.suites)."""
+
+    suite: str = "default"
+    severities: list[Annotated[int, Field(ge=1, le=5)]] = Field(default=list(MEASURED), min_length=1)
+
+
 class Recipe(Section):
     """One job, from a float model to a verified low-bit one."""
 
@@ -130,6 +138,7 @@ class Recipe(Section):
     methods: list[dict[str, dict[str, Any]]] = Field(default_factory=list)
     train: Annotated[TrainConfig, Placed] = TrainConfig()
     float_train: Annotated[TrainConfig | None, Placed] = Field(default=None, alias="float")
+    shift: Shifts = Shifts()
     export: list[Export] = Field(default_factory=lambda: list(EXPORTS))
 
     @model_validator(mode="after")
@@ -170,8 +179,10 @@ class Recipe(Section):
 
 
 def normalise(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the shorthands out: ``model: NAME``, a method without arguments."""
+    """Write the shorthands out: ``model: NAME``, ``shift: SUITE``, a method without arguments."""
     written = dict(document)
+    if isinstance(written.get("shift"), str):
+        written["shift"] = {"suite": written["shift"]}
     for key in ("model", "data"):
         if isinstance(written.get(key), str):
             written[key] = {"name": written[key]}

@@ -87,6 +87,7 @@ def analyse(
             "seed": recipe.train.seed,
             "plan_from": "recipe" if budget is None else "budget",
             **({"unit": data.unit} if data.unit != "images" else {}),
+            **({"task": data.facts()["task"]} if "mean_iou" in data.figures else {}),
             "samples": {"scores": min(SCORED, len(data.train_x)), "measured": len(_validation(data)[0])},
             **_plan(found, scores),
             **found.measured(scores, top),

@@ -38,6 +38,8 @@ from bitsmith.recipe.progress import Event, Progress, silent
 from bitsmith.recipe.schema import Recipe, relocated
 from bitsmith.recipe.sensitivity import Sites, wanted_budget
 from bitsmith.report.front import write_front
+from bitsmith.report.metrics import SHARES
+from bitsmith.report.words import share
 from bitsmith.tasks import Examples
 
 FILE = "sweep.json"
@@ -206,7 +208,7 @@ def _entry(point: Point, directory: Path, metrics: Mapping[str, Any]) -> dict[st
     bits = _searched_bits(directory, point)
     uniform = metrics["uniform"]
     if uniform:
-        uniform = {key: uniform[key] for key in ("bits", "accuracy", "validation_accuracy")} | {
+        uniform = {key: uniform[key] for key in ("bits", *SHARES) if key in uniform} | {
             "used": uniform["cost"][point.kind]
         }
     return {
@@ -216,24 +218,27 @@ def _entry(point: Point, directory: Path, metrics: Mapping[str, Any]) -> dict[st
         "searched": {**metrics["searched"], "used": point.cost.exact(bits)[point.kind], "bits": bits},
         "uniform": uniform,
         "winner": metrics["winner"],
-        "delivered": metrics["quantized"]["accuracy"],
+        "delivered": metrics["quantized"][share(metrics).key],
     }
 
 
 def _result(
     recipe: Recipe, data: Examples, found: Sequence[dict[str, Any]], metrics: Mapping[str, Any], point: Point
 ) -> dict[str, Any]:
+    task = "segmentation" if share(metrics).key == "mean_iou" else None
     return {
         "version": 1,
         "model": recipe.model.name,
         "data": data.name,
         "target": recipe.target,
         "seed": recipe.train.seed,
-        "test_images": data.test_y.numel(),  # or tokens: what an accuracy is a share of
+        "test_images": len(data.test_y) if task else data.test_y.numel(),  # or tokens: an accuracy's share
         **({"counted": "tokens"} if data.unit != "images" else {}),
+        **({"task": task} if task else {}),
         "kind": point.kind,
         "unit": point.cost.tables[point.kind].unit if point.kind in point.cost.tables else None,
-        "float": {"accuracy": metrics["float"]["accuracy"], "used": _float_cost(point)},
+        "float": {key: metrics["float"][key] for key in SHARES if key in metrics["float"]}
+        | {"used": _float_cost(point)},
         "points": list(found),
     }
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from bitsmith.report import contest, page, png, svg, words
 from bitsmith.report.metrics import Predictions, Run
+from bitsmith.report.shifts import name_of
 
 PHASES = {
     "float": ("Float", "float"),
@@ -36,8 +37,8 @@ def traces(run: Run) -> str:
         plot = svg.lines(loss, lambda y: f"{y:.3g}", _x_label(run), _describe(name, loss, "{:.3g}"), wide)
         halves.append(f'<div class="half"><h3>{name}</h3>{plot}</div>')
     if valid:
-        name, accurate = f"Validation {by.key}", by is words.ACCURACY
-        show, form = (svg.show_percent, "{:.1%}") if accurate else (svg.show_number, "{:.3g}")
+        name = f"Validation {by.word}"
+        show, form = (svg.show_number, "{:.3g}") if by is words.LOSS else (svg.show_percent, "{:.1%}")
         plot = svg.lines(valid, show, _x_label(run), _describe(name, valid, form))
         halves.append(f'<div class="half"><h3>{name}</h3>{plot}</div>')
     if not halves:
@@ -114,7 +115,7 @@ def confusion(run: Run) -> str:
     return page.card(
         "Confusion",
         svg.heat(counts.tolist(), found.classes, label),
-        remark=f"The quantized model misreads {wrong} of {len(found.labels):,} test images. "
+        remark=f"The quantized model misreads {wrong} of {len(found.labels):,} test {words.unit(run)}. "
         f"Rows: the truth; columns: its answer.{most}",
     )
 
@@ -164,37 +165,46 @@ def _misread_note(run: Run) -> str:
     return f"Bold: the truth. Both models misread {both}; quantization lost {lost} and won {won}."
 
 
+def shift_name(shift: str) -> str:
+    """A shift as an axis has room for it: "Shot noise", "PGD transferred", "Art painting"."""
+    name = name_of(shift).removeprefix("domain ").replace("_", " ")
+    return name[:1].upper() + name[1:]
+
+
 def shifts(run: Run) -> str:
-    """Accuracy on disturbed test images, float against quantized."""
+    """Accuracy or mean IoU on disturbed test images, float against quantized."""
+    if words.measure(run) is words.LOSS:  # the shift file has the losses
+        return ""
     table: Mapping[str, Mapping[str, float]] = run.metrics.get("shift") or {}
     before, after = table.get("float") or {}, table.get("quantized") or {}
     names = [name for name in (before or after) if name != "mean"]
     if not names:
         return ""
     groups = []
-    for name in [*names, *(["mean"] if "mean" in (before or after) else [])]:
+    for name in [*names, *(["mean"] if "mean" in (before or after) and len(names) > 1 else [])]:
         marks = [
             svg.Mark(stage, values[name], kind, words.percent(values[name]))
             for stage, kind, values in (("float", "float", before), ("quantized", "quant", after))
             if name in values
         ]
-        groups.append((name.replace("_", " ").capitalize(), marks))
-    label = "Accuracy under shift: " + "; ".join(
+        groups.append((shift_name(name), marks))
+    title = f"{words.measure(run).title} under shift"
+    label = f"{title}: " + "; ".join(
         f"{name} {', '.join(f'{mark.label} {mark.text}' for mark in marks)}" for name, marks in groups
     )
     means = [
         float(np.mean([values[name] for name in names])) if all(name in values for name in names) else None
         for values in (before, after)
     ]
-    note = "Test images disturbed in ways that training did not see."
+    note = f"Test {words.unit(run)} as training did not see them."
     if means[0] is not None and means[1] is not None:
         gap = words.points(means[1] - means[0])
         word = "above" if gap.startswith("+") else "below"
         number = gap.strip("+" + words.MINUS)
         note += (
-            " On average quantized is as accurate as float."
+            f" On average quantized is as {'accurate' if title.startswith('Acc') else 'good'} as float."
             if float(number) == 0
             else f" On average quantized is {number} points {word} float."
         )
     keys = page.legend([("b-float", "Float"), ("b-quant", "Quantized")])
-    return page.card("Accuracy under shift", keys + svg.bars(groups, 1.0, label), remark=note)
+    return page.card(title, keys + svg.bars(groups, 1.0, label), remark=note)

@@ -1,7 +1,8 @@
 """Several runs on one page: table, Pareto fronts of accuracy against cost, bits per layer.
 
 A run lies on the front when no other run is at least as accurate and at least as cheap, and better in one of
-the two. Runs are numbered in the order given; the number is their name in the pictures.
+the two; by mean IoU where all runs are of segmentation. Runs are numbered in the order given; the number is
+their name in the pictures.
 """
 
 from __future__ import annotations
@@ -40,10 +41,12 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 def render(runs: Sequence[Run]) -> str:
     """The page as a string."""
     names = _names(runs)
-    best = max(range(len(runs)), key=lambda index: runs[index].accuracy("quantized") or 0.0)
+    by = words.common_share(runs)
+    best = max(range(len(runs)), key=lambda index: runs[index].figure("quantized", by.key) or 0.0)
     title = f"{len(runs)} run{'s' * (len(runs) > 1)} compared"
+    first = "Most accurate" if by is words.ACCURACY else "Best"
     lead = (
-        f"Most accurate: {names[best]}, {' '.join(words.headline(runs[best])[:1])}"
+        f"{first}: {names[best]}, {' '.join(words.headline(runs[best])[:1])}"
         f" ({words.against_float(runs[best])})."
     )
     header = (
@@ -53,7 +56,7 @@ def render(runs: Sequence[Run]) -> str:
     share = _scatter(
         runs,
         names,
-        "Accuracy against bit operations",
+        f"{by.title} against bit operations",
         lambda run: _ratio(run.cost("bops"), run.cost("bops_float")),
         words.small_percent,
         "bit operations, share of float",
@@ -61,7 +64,7 @@ def render(runs: Sequence[Run]) -> str:
     size = _scatter(
         runs,
         names,
-        "Accuracy against size",
+        f"{by.title} against size",
         lambda run: run.cost("weight_bytes"),
         words.size,
         "weight bytes",
@@ -92,8 +95,9 @@ def _scatter(
     show: Callable[[float | None], str],
     x_label: str,
 ) -> str:
+    by = words.common_share(runs)
     known = [
-        (index, value, run.accuracy("quantized") or 0.0)
+        (index, value, run.figure("quantized", by.key) or 0.0)
         for index, run in enumerate(runs)
         if (value := cost(run))
     ]
@@ -104,11 +108,15 @@ def _scatter(
         text = f"{names[index]}: {words.percent(accuracy, words.decimals(runs[index]))} at {show(value)}"
         marks.append((value, svg.Mark(text, accuracy, "quant", str(index + 1))))
     front = pareto_front([(value, accuracy) for _, value, accuracy in known])
-    floats = {round(run.accuracy("float") or 0.0, 6) for run in runs}
+    floats = {round(run.figure("float", by.key) or 0.0, 6) for run in runs}
     float_accuracy = floats.pop() if len(floats) == 1 else None
     listed = words.listing(names[known[position][0]] for position in front)
     plot = svg.scatter(marks, front, _tick(show), x_label, f"{title}. On the front: {listed}", float_accuracy)
-    return page.card(title, plot, remark="Filled and joined: no other run is both cheaper and more accurate.")
+    return page.card(title, plot, remark=f"Filled and joined: no other run is both cheaper and {_more(by)}.")
+
+
+def _more(by: words.Measure) -> str:
+    return "more accurate" if by is words.ACCURACY else "better"
 
 
 def _tick(show: Callable[[float | None], str]) -> Callable[[float], str]:

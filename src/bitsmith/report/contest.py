@@ -87,13 +87,13 @@ def _against(
     if difference == 0:
         text = f"{ours} against as much{named} {place}"
         losses = _both(first, second, LOSS) and first[LOSS] != second[LOSS]
-        if key == "validation_accuracy" and losses:
+        if key.startswith("validation_") and losses and not by.lower_is_better:
             text = text.replace(
                 ", which decided", f" (loss {first[LOSS]:.3g} against {second[LOSS]:.3g}, which decided)"
             )
         return text
     number = by.gap(difference, digits).strip("+" + words.MINUS)
-    least = 10**-digits if by is words.ACCURACY else 0.001
+    least = 0.001 if by is words.LOSS else 10**-digits
     lead = f"{number} {by.unit}s" if float(number) else f"less than {least:g} {by.unit}s"
     side = "ahead" if (difference > 0) != by.lower_is_better else "behind"
     return f"{ours} against {theirs}{named} {place} ({lead} {side})"

@@ -41,16 +41,16 @@ def write_front(directory: str | Path) -> Path:
 
 def spots(found: Mapping[str, Any]) -> list[Spot]:
     """All plans of a sweep; a uniform plan that competed for several budgets stands once."""
-    made = []
+    made, key = [], words.share(found).key
     uniform: dict[tuple[str, float, float], list[float]] = {}
     for point in found["points"]:
         one = point["searched"]
         label = budget_text(found, point["budget"])
-        made.append(Spot("searched", label, one["used"], one["accuracy"], (point["budget"],)))
+        made.append(Spot("searched", label, one["used"], one[key], (point["budget"],)))
         if other := point["uniform"]:
-            key = (other["bits"], other["used"], other["accuracy"])
-            uniform.setdefault(key, []).append(point["budget"])
-    made += [Spot("uniform", *key, tuple(budgets)) for key, budgets in uniform.items()]
+            plan = (other["bits"], other["used"], other[key])
+            uniform.setdefault(plan, []).append(point["budget"])
+    made += [Spot("uniform", *plan, tuple(budgets)) for plan, budgets in uniform.items()]
     return made
 
 
@@ -88,7 +88,7 @@ def verdicts(found: Mapping[str, Any]) -> list[str]:
             f"{percent(found, spot.accuracy)} at {cost_text(found, spot.used)})."
         )
     same = [
-        f"At {cost_text(found, other.used)} the uniform {other.label} plan is as accurate "
+        f"At {cost_text(found, other.used)} the uniform {other.label} plan is as {_good(found)} "
         f"({percent(found, other.accuracy)}) and no dearer than what was searched within "
         f"{words.listing(labels)}."
         for other, labels in equal.items()
@@ -98,6 +98,11 @@ def verdicts(found: Mapping[str, Any]) -> list[str]:
 
 def noise(found: Mapping[str, Any]) -> str:
     """How far apart two accuracies must be to mean something, in words."""
+    if words.share(found) is words.MEAN_IOU:
+        return (
+            f"Mean IoU is over {found['test_images']:,} test images; what differs by less than other seeds "
+            "do means nothing by itself."
+        )
     best = max(point["searched"]["accuracy"] for point in found["points"])
     error = math.sqrt(best * (1 - best) / found["test_images"])
     counted = found.get("counted", "images")
@@ -109,11 +114,17 @@ def noise(found: Mapping[str, Any]) -> str:
 
 def decimals(found: Mapping[str, Any]) -> int:
     """Digits that the test set can carry."""
+    if words.share(found) is words.MEAN_IOU:
+        return 1
     return 2 if found["test_images"] >= 2000 else 1
 
 
+def _good(found: Mapping[str, Any]) -> str:
+    return "accurate" if words.share(found) is words.ACCURACY else "good"
+
+
 def percent(found: Mapping[str, Any], accuracy: float) -> str:
-    """An accuracy."""
+    """An accuracy, or a mean IoU."""
     return words.percent(accuracy, decimals(found))
 
 
@@ -154,7 +165,7 @@ def render(found: Mapping[str, Any]) -> str:
     lead = (
         f"The cheapest plan has {percent(found, cheapest.accuracy)} at {cost_text(found, cheapest.used)}. "
         f"On the validation split the searched plan won {won} of {count} against a uniform plan that trained "
-        f"as long; float has {percent(found, found['float']['accuracy'])}."
+        f"as long; float has {percent(found, found['float'][words.share(found).key])}."
     )
     header = (
         f'<div class="brand">{page.MARK}<b>Bitsmith</b><span class="run">sweep</span></div>'
@@ -165,7 +176,7 @@ def render(found: Mapping[str, Any]) -> str:
     verdict = page.card("Against uniform plans", said, remark=noise(found), wide=True)
     body = page.grid([_picture(found, known)]) + page.grid([verdict]) + page.grid([_table(found, known)])
     footer = (
-        "Made by Bitsmith from sweep.json; works offline. The cost axis is logarithmic. Test accuracies "
+        "Made by Bitsmith from sweep.json; works offline. The cost axis is logarithmic. Test figures "
         "decide nothing: who is delivered was decided on the validation split."
     )
     return page.document(f"Sweep · {found['model']}", header, body, footer)
@@ -187,15 +198,17 @@ def _picture(found: Mapping[str, Any], known: list[Spot]) -> str:
         kind = "quant" if spot.kind == "searched" else "acts"
         marks.append((spot.used, svg.Mark(text, spot.accuracy, kind, spot.label)))
     front = pareto_front([(spot.used, spot.accuracy) for spot in known])
-    label = f"Accuracy against {axis(found)}: " + "; ".join(mark.label for _, mark in marks)
+    by = words.share(found)
+    label = f"{by.title} against {axis(found)}: " + "; ".join(mark.label for _, mark in marks)
 
     def show(cost: float) -> str:
         return words.tick(cost_text(found, cost))
 
-    plot = svg.scatter(marks, front, show, axis(found), label, found["float"]["accuracy"], "acts")
+    plot = svg.scatter(marks, front, show, axis(found), label, found["float"][by.key], "acts")
     keys = page.legend([("b-quant", "Searched, by budget"), ("b-acts", "Uniform"), ("b-float", "Float")])
-    remark = "Filled and joined: no other plan is both cheaper and more accurate. Hollow: dominated."
-    return page.card(f"Accuracy against {axis(found)}", keys + plot, remark=remark, wide=True)
+    better = "more accurate" if by is words.ACCURACY else "better"
+    remark = f"Filled and joined: no other plan is both cheaper and {better}. Hollow: dominated."
+    return page.card(f"{by.title} against {axis(found)}", keys + plot, remark=remark, wide=True)
 
 
 def _table(found: Mapping[str, Any], known: list[Spot]) -> str:
@@ -224,7 +237,8 @@ def _table(found: Mapping[str, Any], known: list[Spot]) -> str:
 
 
 def _accuracy(found: Mapping[str, Any], plan: Mapping[str, Any], known: list[Spot], won: bool) -> str:
-    shown = percent(found, plan["accuracy"])
-    beaten = dominator(Spot("", "", plan["used"], plan["accuracy"], ()), known)
+    value = plan[words.share(found).key]
+    shown = percent(found, value)
+    beaten = dominator(Spot("", "", plan["used"], value, ()), known)
     shown = f"<b>{shown}</b>" if won else shown
     return f"{shown} ○" if beaten else shown

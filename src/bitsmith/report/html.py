@@ -19,6 +19,8 @@ from bitsmith.report import (
     record,
     rounding,
     search,
+    segmentation,
+    shifts,
     words,
 )
 from bitsmith.report.metrics import Run, read_run
@@ -57,6 +59,7 @@ def render(run: Run) -> str:
             (outcome.accuracy(run), outcome.cost(run)),
             (language.figures(run),),
             (language.samples(run),),
+            *segmentation.cards(run),
             (outcome.layers(run),),
             (rounding.card(rounding.read_rounding(run.directory / rounding.FILE)),),
             (search.savings(run),),
@@ -66,15 +69,17 @@ def render(run: Run) -> str:
             (fractional.curriculum(run),),
             (hardware.card(run),),
             (behaviour.traces(run),),
+            (shifts.card(shifts.read_shifts(run.directory)),),
             *_proofs(run),
         )
     )
-    what = "Accuracies" if words.measure(run) is words.ACCURACY else "Losses"
+    what = words.measure(run).plural
     footer = (
         "Made by Bitsmith from the files in this run directory; works offline. "
         f"Bytes are decimal (1 kB = 1,000 B). {what} are of the test set unless they say validation."
     )
-    return page.document(f"{title} · {run.name}", header, body, footer, fractional.style(run))
+    style = fractional.style(run) + segmentation.style(run) + shifts.STYLE
+    return page.document(f"{title} · {run.name}", header, body, footer, style)
 
 
 def _proofs(run: Run) -> tuple[tuple[str, ...], ...]:

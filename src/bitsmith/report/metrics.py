@@ -7,8 +7,6 @@ Nothing here draws, computes an accuracy or touches a model.
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +17,13 @@ from numpy.typing import NDArray
 
 from bitsmith.errors import FormatError
 from bitsmith.files import read_json
+from bitsmith.report.arrays import read_arrays
 from bitsmith.report.certificate import Certified, is_number, read_certificate
 from bitsmith.report.samples import Sample, read_samples
 
 VERSION = 1
 FLOAT_BITS = 32
+SHARES = ("accuracy", "validation_accuracy", "exact_match", "mean_iou", "validation_mean_iou")
 APART = ("version", "traces", "learned_bits")  # in history.json, and no trainings
 EXPORTED_FILES = {"native": "model/model.safetensors", "onnx": "model.onnx", "gguf": "model.gguf"}
 
@@ -251,13 +251,13 @@ def _read_metrics(path: Path) -> dict[str, Any]:
     accuracies: list[tuple[str, Any]] = [
         (f"{stage}.{key}", (metrics.get(stage) or {}).get(key))
         for stage in ("float", "post_training", "quantized", "searched", "uniform")
-        for key in ("accuracy", "validation_accuracy", "exact_match")
+        for key in SHARES
     ]
     for group in ("exported", "shift"):
         for name, entry in (metrics.get(group) or {}).items():
             if not isinstance(entry, dict):
                 raise FormatError(f"{group}.{name} is not an object", where=str(path), got=entry)
-            values = {"accuracy": entry.get("accuracy")} if group == "exported" else entry
+            values = {key: entry.get(key) for key in SHARES} if group == "exported" else entry
             accuracies += [(f"{group}.{name}.{key}", value) for key, value in values.items()]
     for key, value in accuracies:
         if value is not None and not (is_number(value) and 0 <= value <= 1):
@@ -341,34 +341,18 @@ def _layers(metrics: Mapping[str, Any], plan: Mapping[str, Any]) -> tuple[Layer,
 def _read_predictions(path: Path) -> Predictions | None:
     if not path.exists():
         return None
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-        AttributeError,
-        TypeError,
-    ) as error:
-        raise FormatError(
-            f"these predictions are corrupted, truncated or not an .npz file ({error})",
-            where=str(path),
-            remedy="Delete the file (the report leaves out what it held), or run again",
-        ) from None
+    arrays = read_arrays(path, "predictions")
     if "labels" not in arrays:
         raise FormatError(
             "these predictions have no labels", where=str(path), got=", ".join(sorted(arrays)) or "nothing"
         )
     labels = arrays["labels"].astype(np.int64).reshape(-1)
-    answers = {
+    answers: dict[str, NDArray[np.int64]] = {
         name: arrays[name].astype(np.int64).reshape(-1)
         for name in ("float", "quantized", "exported")
         if name in arrays
     }
-    for name, values in {"labels": labels, **answers}.items():
+    for name, values in (("labels", labels), *answers.items()):
         if values.min(initial=0) < 0:
             raise FormatError(f"{name} holds a negative class", where=str(path), got=int(values.min()))
         if len(values) != len(labels):

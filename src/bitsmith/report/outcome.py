@@ -77,9 +77,9 @@ def accuracy(run: Run) -> str:
                 spread = (max(value - error, 0.0), min(value + error, 1.0))
             marks.append(svg.Mark(label, value, kind, by.show(value, digits), spread))
     label = f"{by.title}: " + ", ".join(f"{mark.label} {mark.text}" for mark in marks)
-    show = svg.show_percent if by is words.ACCURACY else svg.show_number
+    show = svg.show_number if by is words.LOSS else svg.show_percent
     plot = svg.dots(marks, label, reference=run.figure("float", by.key), show=show)
-    note = f"Lines: one standard error of {images:,} test images." if images else ""
+    note = f"Lines: one standard error of {images:,} test {words.unit(run)}." if images else ""
     return page.card(by.title, plot + page.note(note), remark=_gain(run))
 
 
@@ -95,7 +95,8 @@ def _gain(run: Run) -> str:
             "float model rounded to the plan that the search started from."
         )
     if float(number) == 0:
-        return "Rounding the float model to these bits is as accurate as training at them."
+        good = "accurate" if by is words.ACCURACY else "good"
+        return f"Rounding the float model to these bits is as {good} as training at them."
     if gap.startswith("+") != by.lower_is_better:
         return f"Training at these bits gained {number} {by.unit}s over rounding the float model to them."
     return f"Training at these bits lost {number} {by.unit}s against rounding the float model to them."

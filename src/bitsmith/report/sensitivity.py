@@ -78,13 +78,13 @@ def headline(found: Mapping[str, Any]) -> tuple[str, str]:
     ]
     _, name, bits = max(pairs)
     title = f"{name} at {bits_text(bits)} hurts most"
-    before = found["float"]["loss"]
+    before, by = found["float"]["loss"], words.share(found)
     for entry in found["measured"]:
         if (entry["site"], entry["bits"]) == (name, bits):
             return title, (
                 f"That one site at {bits_text(bits)}, and all else in float, takes the loss from "
-                f"{before:.3f} to {entry['loss']:.3f} and the accuracy from "
-                f"{words.percent(found['float']['accuracy'])} to {words.percent(entry['accuracy'])} "
+                f"{before:.3f} to {entry['loss']:.3f} and the {by.word} from "
+                f"{words.percent(found['float'][by.key])} to {words.percent(entry[by.key])} "
                 f"({found['samples']['measured']} validation {unit(found)})."
             )
     return title, f"By its score alone: nothing was measured. The float model's loss is {before:.3f}."
@@ -233,17 +233,18 @@ def _price_cell(wider: Mapping[str, Any] | None) -> str:
 def _measured(found: Mapping[str, Any]) -> str:
     if not found["measured"]:
         return ""
+    by = words.share(found)
     rows = [
         [
             page.name(entry["site"]),
             words.bits(entry["bits"]),
             figure(entry["score"]),
             f"{entry['increase']:+.3f}".replace("-", words.MINUS),
-            words.points(entry["accuracy"] - found["float"]["accuracy"]),
+            words.points(entry[by.key] - found["float"][by.key]),
         ]
         for entry in found["measured"]
     ]
-    columns = ["Site", "Bits", "Score", "Loss", "Accuracy, points"]
+    columns = ["Site", "Bits", "Score", "Loss", f"{by.title}, points"]
     remark = (
         f"The {len(rows)} pairs with the highest scores, each on {found['samples']['measured']} validation "
         f"{unit(found)} with all else in float, against float's loss of {found['float']['loss']:.3f}."

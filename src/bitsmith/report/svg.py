@@ -159,13 +159,16 @@ def lines(
     level: tuple[float, str] | None = None,
     moment: tuple[float, str] | None = None,
     until: float | None = None,
+    span: Sequence[float] = (),
 ) -> str:
     """Curves over a common x axis; markers where there are few points.
 
     level: a named y to compare with. moment: a named x. until: where the x axis ends, if beyond the curves.
+    span: values that the y axis covers as well.
     """
     xs = [x for one in series for x, _ in one.points] + ([] if until is None else [until])
     ys = [y for one in series for _, y in one.points] + ([] if level is None else [level[0]])
+    ys += span
     grid = powers(min(ys), max(ys)) if logarithmic else ticks(min(ys), max(ys), 4)
     scale: Callable[[float], float] = math.log if logarithmic else float
     low, high = scale(grid[0]), scale(grid[-1])

@@ -126,10 +126,16 @@ class Measure:
 
     key: str
     title: str
+    plural: str
     unit: str  # of a difference
     lower_is_better: bool
     show: Callable[[float | None, int], str]
     gap: Callable[[float | None, int], str]
+
+    @property
+    def word(self) -> str:
+        """The title inside a sentence: "accuracy", "mean IoU"."""
+        return self.title[0].lower() + self.title[1:]
 
 
 def nats(loss: float | None, decimals: int = 3) -> str:
@@ -142,13 +148,30 @@ def signed(difference: float | None, decimals: int = 3) -> str:
     return points(None if difference is None else difference / 100, 3)
 
 
-ACCURACY = Measure("accuracy", "Accuracy", "point", False, percent, points)
-LOSS = Measure("loss", "Loss", "nat", True, nats, signed)
+ACCURACY = Measure("accuracy", "Accuracy", "Accuracies", "point", False, percent, points)
+LOSS = Measure("loss", "Loss", "Losses", "nat", True, nats, signed)
+MEAN_IOU = Measure("mean_iou", "Mean IoU", "Mean IoUs", "point", False, percent, points)
+BY_TASK = {"language": LOSS, "segmentation": MEAN_IOU}
 
 
 def measure(run: Run) -> Measure:
-    """Accuracy of images, loss of text."""
-    return LOSS if run.metrics.get("task") == "language" else ACCURACY
+    """Accuracy of images, mean IoU of masks, loss of text."""
+    return BY_TASK.get(str(run.metrics.get("task")), ACCURACY)
+
+
+def share(found: Mapping[str, Any]) -> Measure:
+    """The measure of a sweep or of sensitivities that is a share of 1: mean IoU of masks, else accuracy."""
+    return MEAN_IOU if found.get("task") == "segmentation" else ACCURACY
+
+
+def common_share(runs: Iterable[Run]) -> Measure:
+    """The same of several runs: what all of them have."""
+    return MEAN_IOU if all(measure(run) is MEAN_IOU for run in runs) else ACCURACY
+
+
+def unit(run: Run) -> str:
+    """What the data are rows of, in the plural."""
+    return {"language": "sequences", "tabular": "rows"}.get(str(run.metrics.get("task")), "images")
 
 
 def result(run: Run, stage: str) -> str:
@@ -174,6 +197,8 @@ def perplexity(value: float | None) -> str:
 def headline(run: Run) -> tuple[str, str]:
     """What came out, as a short title and one sentence: ("97.8 % in 4.12 kB", "7.3× smaller, …")."""
     title = result(run, "quantized")
+    if measure(run) is MEAN_IOU:
+        title = f"Mean IoU {title}"
     if measure(run) is LOSS:
         title = f"Perplexity {perplexity(run.figure('quantized', 'perplexity'))}"
     if run.cost("weight_bytes") is not None:
@@ -193,7 +218,7 @@ def against_float(run: Run) -> str:
     by, text = measure(run), change(run, "quantized")
     number = text.strip("+" + MINUS)
     if text == DASH or float(number) == 0:
-        return "as good as float" if by is LOSS else "as accurate as float"
+        return "as accurate as float" if by is ACCURACY else "as good as float"
     unit = by.unit if float(number) == 1 else f"{by.unit}s"
     return f"{number} {unit} {'below' if text.startswith(MINUS) else 'above'} float"
 

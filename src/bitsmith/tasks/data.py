@@ -1,7 +1,9 @@
 """Where data come from: `load` of a built-in name or of "package.module:factory".
 
 Loaders are functions that return checked `Examples`; a table names them: "digits", "npz:PATH", "folder:PATH"
-(images, dataset.py), "pydoc" and "text:PATH" (text.py), "arithmetic" (arithmetic.py). Nothing is downloaded.
+(images, dataset.py), "domains:PATH" (domains.py), "digit_scenes" (scenes.py) and "masks:PATH" with a label
+for every pixel (mask_folder.py), "breast_cancer" (tabular.py), "pydoc" and "text:PATH" (text.py),
+"arithmetic" (arithmetic.py). Nothing is downloaded.
 Images keep their range: uint8 is read as value / 255, floats are passed to the model as they are.
 """
 
@@ -18,11 +20,23 @@ from torch import Tensor
 
 from bitsmith.errors import DataError, MissingExtra
 from bitsmith.tasks.arithmetic import arithmetic_data
-from bitsmith.tasks.augment import AUGMENTATIONS, Augmentation
+from bitsmith.tasks.augment import AUGMENTATIONS, PAIR_AUGMENTATIONS, Augmentation, named
 from bitsmith.tasks.dataset import Data, hold_out
+from bitsmith.tasks.domains import (
+    DomainData,
+    domain_folders,
+    from_arrays,
+    joined,
+    leave_one_out,
+    to_one_shape,
+)
 from bitsmith.tasks.examples import SPLITS, Examples
 from bitsmith.tasks.factory import FACTORY_PATTERN, accepts, call, load_factory, suggestion
 from bitsmith.tasks.folder import read_folder
+from bitsmith.tasks.mask_folder import mask_folder
+from bitsmith.tasks.masks import MaskData
+from bitsmith.tasks.scenes import compose
+from bitsmith.tasks.tabular import breast_cancer
 from bitsmith.tasks.text import pydoc, read_text
 
 FOLDS = 5
@@ -32,11 +46,16 @@ def load(spec: str, seed: int = 0, model: str = "", **arguments: Any) -> Example
     """The data that ``spec`` names; ``seed`` decides the splits. Raises DataError, MissingExtra.
 
     "digits" (fold, validation); "npz:PATH" (classes, validation, augment); "folder:PATH" (size, validation,
-    augment); "pydoc" and "text:PATH" (context, tokenizer, validation, test), "arithmetic" (largest, held_out,
-    tokenizer), whose tokenizer is that of ``model`` where it is an "hf:" one; "package.module:factory",
-    called with ``arguments``, and with ``seed`` where it takes one.
+    augment); "domains:PATH" (leave_out, size, validation, augment; or "domains" with the argument path);
+    "digit_scenes" (fold, size, train, validation, test, augment); "masks:PATH" (classes, ignore, size,
+    validation, augment); "breast_cancer" (feature, quantile, validation); "pydoc" and "text:PATH" (context,
+    tokenizer, validation, test), "arithmetic" (largest, held_out, tokenizer), whose tokenizer is that of
+    ``model`` where it is an "hf:" one; "package.module:factory", called with ``arguments``, and with ``seed``
+    where it takes one.
     """
     kind, colon, path = spec.partition(":")
+    if spec == "domains" and "path" in arguments:  # a list of files has no name
+        return _checked(call(domains, {"seed": seed, **arguments}, "data domains", DataError), spec)
     if kind in LOADERS and bool(colon) == (kind not in WITHOUT_PATH):
         loader = LOADERS[kind]
         inputs = {"path": path} if colon else {}
@@ -63,7 +82,7 @@ def _checked(data: Any, spec: str) -> Examples:
             "the factory returned something else",
             where=f"data {spec}",
             got=type(data).__name__,
-            expected="a bitsmith.tasks.Data or TextData",
+            expected="a bitsmith.tasks.Data, MaskData or TextData",
         )
     return data
 
@@ -87,6 +106,24 @@ def digits(seed: int = 0, fold: int = 0, validation: float = 0.125) -> Data:
     train, test = (torch.from_numpy(rows) for rows in list(folds)[fold])
     splits = {"train": (images[train], labels[train]), "test": (images[test], labels[test])}
     return assemble(splits, tuple("0123456789"), "digits", validation, seed, None)
+
+
+def digit_scenes(
+    seed: int = 0,
+    fold: int = 0,
+    size: int = 24,
+    train: int = 1000,
+    validation: int = 150,
+    test: int = 300,
+    augment: str = "none",
+) -> MaskData:
+    """Scenes of scikit-learn's digits with a class for every pixel (scenes.py), so many in each split.
+
+    The digits of the splits are those of "digits" with this seed and fold.
+    """
+    counts = {"train": train, "val": validation, "test": test}
+    both = named(PAIR_AUGMENTATIONS, augment, "data digit_scenes")
+    return compose(digits(seed, fold), counts, size, seed, both)
 
 
 def npz(
@@ -123,7 +160,9 @@ def npz(
         labels = splits["train"][1]
         classes = int(labels.max()) + 1 if len(labels) else 0
     names = [str(index) for index in range(classes)] if isinstance(classes, int) else classes
-    return assemble(splits, tuple(names), Path(path).stem, validation, seed, augmentation(augment, where))
+    return assemble(
+        splits, tuple(names), Path(path).stem, validation, seed, named(AUGMENTATIONS, augment, where)
+    )
 
 
 def _read_npz(path: str, where: str) -> dict[str, np.ndarray]:
@@ -184,7 +223,76 @@ def folder(
         images, labels = splits["train"]
         kept, held = hold_out(labels, 1 / FOLDS, seed, where)
         splits = {"train": (images[kept], labels[kept]), "test": (images[held], labels[held])}
-    return assemble(splits, classes, Path(path).name, validation, seed, augmentation(augment, where))
+    return assemble(splits, classes, Path(path).name, validation, seed, named(AUGMENTATIONS, augment, where))
+
+
+def domains(
+    path: str | Sequence[str],
+    leave_out: str,
+    seed: int = 0,
+    size: int | Sequence[int] | None = None,
+    validation: float = 0.125,
+    augment: str = "none",
+) -> DomainData:
+    """Several domains of the same classes, one of which is left out of training and is the shift of the data.
+
+    A folder of folders (domain/class/image); an .npz of arrays x, y and domain; a folder or list of .npz
+    files, each a domain (x and y, or the arrays of "npz:PATH") called after its file. ``size`` resizes all of
+    them; grey ones are repeated over three channels where others are coloured.
+    """
+    paths = [Path(one) for one in ([path] if isinstance(path, str) else path)]
+    where = f"data domains:{paths[0] if len(paths) == 1 else f'{len(paths)} files'}"
+    classes: Sequence[str] | None = None
+    if len(paths) == 1 and paths[0].is_dir():
+        paths = domain_folders(paths[0], where)
+    if paths and all(one.is_dir() for one in paths):
+        found, classes = _domain_folders(paths, size, where)
+    else:
+        archives = {one.stem: _read_npz(str(one), f"data domains:{one}") for one in paths}
+        if len(archives) == 1:
+            arrays = from_arrays(next(iter(archives.values())), where)
+        else:
+            arrays = {name: joined(archive, f"{where}: {name}") for name, archive in archives.items()}
+        found = {
+            name: (_images(x, f"{where}: {name}"), _labels(y, f"{where}: {name}"))
+            for name, (x, y) in arrays.items()
+        }
+        listed = next((archive["classes"] for archive in archives.values() if "classes" in archive), None)
+        classes = None if listed is None else [str(one) for one in listed.ravel()]
+    found = to_one_shape(found, size, where)
+    if classes is None:
+        count = 1 + max((int(y.max()) for _, y in found.values() if len(y)), default=0)
+        classes = [str(index) for index in range(count)]
+    name = "domains" if isinstance(path, list | tuple) else Path(str(path)).stem
+    return leave_one_out(
+        found,
+        leave_out,
+        classes,
+        name,
+        validation=validation,
+        seed=seed,
+        augment=named(AUGMENTATIONS, augment, where),
+    )
+
+
+def _domain_folders(
+    paths: Sequence[Path], size: int | Sequence[int] | None, where: str
+) -> tuple[dict[str, tuple[Tensor, Tensor]], tuple[str, ...]]:
+    """Each domain's folder, read as one part, and the classes that all of them have."""
+    found, names = {}, {}
+    for place in paths:
+        parts, names[place.name] = read_folder(place, size, f"{where}: {place.name}")
+        found[place.name] = parts["train"]
+    first, classes = next(iter(names.items()))
+    for domain, own in names.items():
+        if own != classes:
+            raise DataError(
+                "the classes of the domains differ",
+                where=f"{where}: {domain}",
+                got=", ".join(own),
+                expected=f"{', '.join(classes)} as in {first}",
+            )
+    return found, classes
 
 
 def assemble(
@@ -205,20 +313,16 @@ def assemble(
     return Data(train_x, train_y, val_x, val_y, *splits["test"], classes=classes, name=name, augment=augment)
 
 
-def augmentation(name: str, where: str) -> Augmentation | None:
-    """The augmentation of that name. Raises DataError."""
-    if name not in AUGMENTATIONS:
-        remedy = suggestion(name, list(AUGMENTATIONS))
-        raise DataError(f"unknown augmentation {name!r}", where=where, remedy=remedy)
-    return AUGMENTATIONS[name]
-
-
 LOADERS: dict[str, Callable[..., Examples]] = {
     "digits": digits,
+    "digit_scenes": digit_scenes,
+    "masks": mask_folder,
     "npz": npz,
     "folder": folder,
+    "domains": domains,
+    "breast_cancer": breast_cancer,
     "pydoc": pydoc,
     "text": read_text,
     "arithmetic": arithmetic_data,
 }
-WITHOUT_PATH = ("digits", "pydoc", "arithmetic")
+WITHOUT_PATH = ("digits", "digit_scenes", "breast_cancer", "pydoc", "arithmetic")

@@ -6,29 +6,26 @@ model. Where the images come from is in data.py and folder.py, what all data hav
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bitsmith.errors import DataError
-from bitsmith.files import write_atomic
-from bitsmith.tasks import classification
+from bitsmith.tasks.adversarial import ATTACKS, RADII, Attack, attacked
 from bitsmith.tasks.augment import Augmentation
-from bitsmith.tasks.classification import to_float
-from bitsmith.tasks.examples import SPLITS, Examples
-from bitsmith.tasks.shifts import evaluate_shifts
+from bitsmith.tasks.examples import SPLITS
+from bitsmith.tasks.labelled import Labelled, check_labels
+from bitsmith.tasks.shifts import CORRUPTIONS, DEFAULT, Shift, generator_of, shifted
 
 MISREAD = 24  # test images shown in the report
+ATTACKED = 100  # the first attack's number: seeds of its own, however many corruptions there will be
 
 
 @dataclass(frozen=True, eq=False)
-class Data(Examples):
+class Data(Labelled):
     """Images (N, C, H, W), float32 or uint8, with labels (N,) int64 in 0..len(classes)-1.
 
     ``val_x`` may be empty (N = 0); the other splits may not. Raises DataError where anything is amiss.
@@ -45,7 +42,7 @@ class Data(Examples):
     augment: Augmentation | None = None
 
     unit: ClassVar[str] = "images"
-    figures: ClassVar[tuple[str, ...]] = ("accuracy",)
+    default_shifts: ClassVar[tuple[str, ...]] = DEFAULT
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(str(c) for c in self.classes))
@@ -66,48 +63,32 @@ class Data(Examples):
         """(C, H, W) of one image."""
         return tuple(self.train_x.shape[1:])
 
-    def inputs(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) float32."""
-        return to_float(x)
+    def pictured(self, answers: Tensor) -> dict[str, Any]:
+        """The first test images that are misread, and their rows."""
+        misread = (answers != self.test_y).nonzero().flatten()[:MISREAD]
+        return {"images": self.test_x[misread].numpy(), "image_rows": misread.numpy()}
 
-    def evaluate(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
-        """Accuracy and mean cross-entropy."""
-        return classification.evaluate(model, x, y, self.batch_rows)
+    def shifts(self) -> tuple[Shift, ...]:
+        """All corruptions (shifts.py), then all attacks (adversarial.py)."""
+        corrupted = (Shift(name, "corruptions", partial(self._corrupted, name)) for name in CORRUPTIONS)
+        attacked = (
+            Shift(name, "adversarial", partial(self._attacked, number, attack), attacks=against)
+            for number, (name, (attack, against)) in enumerate(ATTACKS.items())
+        )
+        return *corrupted, *attacked
 
-    def score(self, outputs: Tensor, y: Tensor) -> dict[str, float]:
-        """The same, of logits (N, classes)."""
-        return classification.score(outputs, y)
+    def _corrupted(
+        self, name: str, severity: int, seed: int, model: nn.Module | None
+    ) -> tuple[Tensor, Tensor]:
+        return shifted(name, self.test_x, severity, seed), self.test_y
 
-    def validate(self, model: nn.Module) -> dict[str, float]:
-        """The accuracy."""
-        return {"accuracy": self.evaluate(model, *self.validation())["accuracy"]}
-
-    def rank(self, standing: Mapping[str, float]) -> tuple[float, ...]:
-        """The more accurate; of those as accurate, as happens on a small split, the one of the lower loss."""
-        return standing["validation_accuracy"], -standing["validation_loss"]
-
-    def answers(self, model: nn.Module) -> tuple[dict[str, float], Tensor]:
-        """The metrics, and the class (N,) that each test image is taken for."""
-        logits = classification.predict(model, self.test_x, self.batch_rows)
-        return self.score(logits, self.test_y), logits.argmax(1)
-
-    def write_answers(self, out: Path, answers: Mapping[str, Tensor]) -> None:
-        """predictions.npz: labels, answers, and the first test images that the quantized model misreads."""
-        misread = (answers["quantized"] != self.test_y).nonzero().flatten()[:MISREAD]
-        arrays: dict[str, Any] = {
-            "labels": self.test_y.numpy(),
-            "images": self.test_x[misread].numpy(),
-            "image_rows": misread.numpy(),
-            "classes": np.array(self.classes),
-            **{name: rows.numpy() for name, rows in answers.items()},
-        }
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **arrays)
-        write_atomic(out / "predictions.npz", buffer.getvalue())
-
-    def shifts(self, model: nn.Module) -> dict[str, float]:
-        """Noise, blur, contrast, rotation, translation (shifts.py)."""
-        return evaluate_shifts(model, self)
+    def _attacked(
+        self, number: int, attack: Attack, severity: int, seed: int, model: nn.Module | None
+    ) -> tuple[Tensor, Tensor]:
+        assert model is not None
+        generator, radius = generator_of(ATTACKED + number, severity, seed), RADII[severity - 1]
+        images = attacked(attack, model, self.test_x, self.test_y, radius, generator, self.batch_rows)
+        return images, self.test_y
 
 
 def check_images(images: Tensor, where: str, may_be_empty: bool = False) -> None:
@@ -133,29 +114,6 @@ def check_images(images: Tensor, where: str, may_be_empty: bool = False) -> None
             got=f"the first in image {bad}",
             expected="finite numbers",
             remedy="Clean or drop these images",
-        )
-
-
-def check_labels(labels: Tensor, count: int, classes: tuple[str, ...], where: str) -> None:
-    """Raise DataError unless ``labels`` is (count,) int64 in 0..len(classes)-1."""
-    if labels.dtype != torch.int64 or labels.ndim != 1:
-        raise DataError(
-            "labels have the wrong form",
-            where=where,
-            got=f"{labels.dtype} of shape {tuple(labels.shape)}",
-            expected="int64 of shape (N,)",
-        )
-    if len(labels) != count:
-        raise DataError("labels and images differ in number", where=where, got=len(labels), expected=count)
-    wrong = (labels < 0) | (labels >= len(classes))
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0])
-        raise DataError(
-            "a label is out of range",
-            where=where,
-            got=f"{int(labels[row])} in row {row}",
-            expected=f"0 to {len(classes) - 1}, one of {len(classes)} classes",
-            remedy="Renumber the labels from 0, or say how many classes there are",
         )
 
 

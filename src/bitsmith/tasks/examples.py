@@ -1,9 +1,10 @@
 """`Examples`: what a job asks of its data, whatever they are: three splits, how a model is measured, answers.
 
-`Data` (images, dataset.py) and `TextData` (text.py; with answers, problems.py) are the two kinds. Whoever
-trains, calibrates, compares and delivers goes through this and never asks which of them it has. All of a
-small data set lives in tensors, so that shuffling, augmentation and resuming are index arithmetic with one
-generator; torch's DataLoader would add worker processes and hidden random states.
+`Data` (images, dataset.py), `MaskData` (images with a label for every pixel, masks.py) and `TextData`
+(text.py; with answers, problems.py) are the kinds. Whoever trains, calibrates, compares and delivers goes
+through this and never asks which of them it has. All of a small data set lives in tensors, so that shuffling,
+augmentation and resuming are index arithmetic with one generator; torch's DataLoader would add worker
+processes and hidden random states.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from bitsmith.errors import DataError
-from bitsmith.tasks.augment import Augmentation
+from bitsmith.tasks.augment import Augmentation, PairAugmentation
 from bitsmith.tasks.factory import suggestion
+from bitsmith.tasks.shifts import Shift
 
 SPLITS = ("train", "val", "test")
 
@@ -36,9 +38,11 @@ class Examples(ABC):
     test_y: Tensor
     name: str
     augment: Augmentation | None
+    augment_both: PairAugmentation | None = None  # of inputs and targets alike
 
     unit: ClassVar[str]  # what a row is, in the plural
     figures: ClassVar[tuple[str, ...]]  # the metrics that stand for a model, the most important first
+    default_shifts: ClassVar[tuple[str, ...]] = ()  # the names (or suites) of those that a run measures
     batch_rows: int = 256  # rows of one forward outside of training
 
     # ---- rows
@@ -68,10 +72,12 @@ class Examples(ABC):
         order = None if generator is None else torch.randperm(len(x), generator=generator)
         for start in range(0, len(x), batch_size):
             rows = slice(start, start + batch_size) if order is None else order[start : start + batch_size]
-            batch = self.inputs(x[rows])
-            if generator is not None and self.augment is not None and split == "train":
-                batch = self.augment(batch, generator)
-            yield batch, y[rows]
+            batch, targets = self.inputs(x[rows]), y[rows]
+            if generator is not None and split == "train":
+                batch = batch if self.augment is None else self.augment(batch, generator)
+                if self.augment_both is not None:
+                    batch, targets = self.augment_both(batch, targets, generator)
+            yield batch, targets
 
     def drawn(self, count: int, seed: int, batch_size: int | None = None) -> list[tuple[Tensor, Tensor]]:
         """Batches of up to ``count`` training rows, drawn at random: stored order may be by class."""
@@ -116,7 +122,8 @@ class Examples(ABC):
 
     @abstractmethod
     def rank(self, standing: Mapping[str, float]) -> tuple[float, ...]:
-        """A contender's validation_accuracy and validation_loss as a rank: the greater one is delivered."""
+        """A contender's validation_accuracy, validation_loss and most important figure on validation, such as
+        validation_mean_iou, as a rank: the greater one is delivered."""
 
     @abstractmethod
     def answers(self, model: nn.Module) -> tuple[dict[str, float], Any]:
@@ -126,10 +133,9 @@ class Examples(ABC):
     def write_answers(self, out: Path, answers: Mapping[str, Any]) -> None:
         """Write the answers of the models "float" and "quantized" into a run directory, for its report."""
 
-    def shifts(self, model: nn.Module) -> dict[str, float]:
-        """Accuracy on the test split as it might look elsewhere, by name, and "mean"; empty where no such
-        shift is known."""
-        return {}
+    def shifts(self) -> tuple[Shift, ...]:
+        """The ways in which the test split might look elsewhere; none where no such way is known."""
+        return ()
 
     def verified(self) -> tuple[Tensor, Tensor]:
         """The (inputs, targets) that an exported file is compared on: of the test split, what fits memory."""

@@ -7,8 +7,10 @@ sizes are an error until a size is given. Needs Pillow, imported only here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from bitsmith.errors import DataError, MissingExtra
 from bitsmith.tasks.factory import suggestion
 
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+BILINEAR = 2  # Pillow's number of it
 GREY_MODES = ("1", "L", "LA")
 
 
@@ -44,7 +47,7 @@ def read_folder(
             got=", ".join(classes) or "none",
             expected="one folder of images for each of at least two classes",
         )
-    target = _size(size, where)
+    target = target_size(size, where)
     arrays: dict[str, list[np.ndarray]] = {}
     labels: dict[str, list[int]] = {}
     for split, folder in parts.items():
@@ -58,7 +61,7 @@ def read_folder(
         arrays[split], labels[split] = _read_split(folder, classes, target, where)
     everything = [array for part in arrays.values() for array in part]
     grey = all(array.ndim == 2 for array in everything)
-    return {split: (_stack(arrays[split], grey), torch.tensor(labels[split])) for split in parts}, tuple(
+    return {split: (stack(arrays[split], grey), torch.tensor(labels[split])) for split in parts}, tuple(
         classes
     )
 
@@ -69,7 +72,8 @@ def _subfolders(folder: Path) -> list[str]:
     )
 
 
-def _size(size: int | Sequence[int] | None, where: str) -> tuple[int, int] | None:
+def target_size(size: int | Sequence[int] | None, where: str) -> tuple[int, int] | None:
+    """(height, width) of ``size``: pixels of both sides, or the two. Raises DataError."""
     if size is None:
         return None
     pair = (size, size) if isinstance(size, int) else tuple(size)
@@ -96,7 +100,7 @@ def _read_split(
                 expected=f"files that end in {', '.join(ENDINGS)}",
             )
         for file in files:
-            arrays.append(_read(file, target, where))
+            arrays.append(read_image(file, target, where))
             if arrays[-1].shape[:2] != arrays[0].shape[:2]:
                 raise DataError(
                     "images differ in size (height, width)",
@@ -109,23 +113,30 @@ def _read_split(
     return arrays, labels
 
 
-def _read(file: Path, target: tuple[int, int] | None, where: str) -> np.ndarray:
+def read_image(file: Path, target: tuple[int, int] | None, where: str) -> np.ndarray:
     """(H, W) of a grey image, (H, W, 3) of any other, uint8."""
+    with open_image(file, where) as image:
+        plain = image.convert("L" if image.mode in GREY_MODES else "RGB")
+        if target is not None and plain.size != target[::-1]:
+            plain = plain.resize(target[::-1], BILINEAR)
+        return np.asarray(plain)
+
+
+@contextlib.contextmanager
+def open_image(file: Path, where: str) -> Iterator[Any]:
+    """The Pillow image of a file. Raises MissingExtra, and DataError for what cannot be read."""
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError:
         raise MissingExtra("vision", "pillow", "a folder of images") from None
     try:
         with Image.open(file) as image:
-            plain = image.convert("L" if image.mode in GREY_MODES else "RGB")
+            yield image
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise DataError(f"this image cannot be read ({error})", where=f"{where}: {file}") from None
-    if target is not None and plain.size != target[::-1]:
-        plain = plain.resize(target[::-1], Image.Resampling.BILINEAR)
-    return np.asarray(plain)
 
 
-def _stack(arrays: list[np.ndarray], grey: bool) -> Tensor:
+def stack(arrays: list[np.ndarray], grey: bool) -> Tensor:
     """(N, C, H, W) uint8; grey images among coloured ones are repeated over the three channels."""
     if grey:
         return torch.from_numpy(np.stack(arrays)).unsqueeze(1)

@@ -22,9 +22,11 @@ from bitsmith.tasks.hub import load_causal_lm
 from bitsmith.tasks.llama import Llama
 from bitsmith.tasks.normalize import Normalize
 from bitsmith.tasks.resnet import ResNet, load_weights
+from bitsmith.tasks.unet import UNet
 from bitsmith.tasks.vit import VisionTransformer
 
 DIGITS_MEAN, DIGITS_STD = (0.3053,), (0.3761,)
+SCENES_MEAN, SCENES_STD = (0.3,), (0.2,)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # What files, not construction, decide: a model is rebuilt without them.
 NOT_STRUCTURE = ("weights",)
@@ -136,6 +138,36 @@ def byte_llama(
     return Llama(vocab_size, width, depth, heads, max(32, round(8 * width / 96) * 32), context, tied)
 
 
+def mlp(features: int = 30, classes: int = 2, hidden: Sequence[int] = (64, 64)) -> nn.Module:
+    """Linear layers with ReLU for rows of numbers (N, features); 6,334 parameters.
+
+    The norm in front learns mean and standard deviation of each feature: tables come in their own units.
+    """
+    model = nn.Sequential()
+    model.add_module("normalize", nn.BatchNorm1d(features))
+    widths = (features, *hidden)
+    for layer, (inputs, outputs) in enumerate(pairwise(widths), start=1):
+        model.add_module(f"fc{layer}", nn.Linear(inputs, outputs))
+        model.add_module(f"relu{layer}", nn.ReLU())
+    model.add_module("head", nn.Linear(widths[-1], classes))
+    return model
+
+
+def unet(
+    classes: int = 11,
+    width: int = 12,
+    depth: int = 2,
+    upsampling: str = "transposed",
+    mean: Sequence[float] = SCENES_MEAN,
+    std: Sequence[float] = SCENES_STD,
+) -> nn.Module:
+    """A small U-Net, a logit for every class and pixel: 66,179 parameters; sides that 2^depth divides.
+
+    upsampling: "transposed" (convolutions) or "nearest". As many input channels as there are means.
+    """
+    return UNet(Normalize(mean, std), classes, width, depth, upsampling)
+
+
 def _resnet(
     blocks: int,
     classes: int,
@@ -182,7 +214,9 @@ def resnet56(
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "digits_cnn": digits_cnn,
     "digits_vit": digits_vit,
+    "mlp": mlp,
     "byte_llama": byte_llama,
+    "unet": unet,
     "resnet20": resnet20,
     "resnet32": resnet32,
     "resnet56": resnet56,

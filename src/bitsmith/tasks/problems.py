@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bitsmith.tasks.questions import END_OF_LINE, OpenQuestion
 from bitsmith.tasks.scoring import exact_match
+from bitsmith.tasks.shifts import Shift
 from bitsmith.tasks.text import TextData
 from bitsmith.train.distillation import IGNORED
 
@@ -49,6 +50,10 @@ class ProblemData(TextData):
             answer = self.tokenizer.decode(targets[places].tolist())
             found.append(OpenQuestion(prompt, answer.removesuffix("\n"), END_OF_LINE))
         return found
+
+    def shifts(self) -> tuple[Shift, ...]:
+        """None: a question with a typing error has another answer."""
+        return ()
 
     def prompts(self) -> list[str]:
         """The first problems of the test split."""

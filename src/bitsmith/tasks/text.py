@@ -7,8 +7,10 @@ a token of another. Windows do not overlap: inputs are tokens i to i + T - 1, ta
 from __future__ import annotations
 
 import platform
+import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +22,8 @@ from bitsmith.files import write_json
 from bitsmith.tasks import language
 from bitsmith.tasks.augment import Augmentation
 from bitsmith.tasks.examples import SPLITS, Examples
+from bitsmith.tasks.shifts import Shift
+from bitsmith.tasks.text_shifts import OTHER_PROSE, TEXT_SHIFTS, docstrings
 from bitsmith.tasks.tokens import Tokenizer, load_tokenizer
 from bitsmith.train.distillation import IGNORED
 
@@ -158,6 +162,35 @@ class TextData(Examples):
         ]
         document = {"version": 1, "temperature": TEMPERATURE, "seed": self.seed, "samples": samples}
         write_json(out / "samples.json", document)
+
+    def shifts(self) -> tuple[Shift, ...]:
+        """Typing errors and capitals in the test text, and other prose (text_shifts.py)."""
+        graded = (Shift(name, "text", partial(self._mistyped, name)) for name in TEXT_SHIFTS)
+        return *graded, Shift(OTHER_PROSE, "text", self._other_prose, graded=False)
+
+    def _mistyped(
+        self, name: str, severity: int, seed: int, model: nn.Module | None
+    ) -> tuple[Tensor, Tensor]:
+        draw = random.Random(f"{seed} {name} {severity}")
+        return self._windows(TEXT_SHIFTS[name](self.test_text(), severity, draw), name)
+
+    def _other_prose(self, severity: int, seed: int, model: nn.Module | None) -> tuple[Tensor, Tensor]:
+        return self._windows(docstrings(), OTHER_PROSE)
+
+    def _windows(self, text: str, name: str) -> tuple[Tensor, Tensor]:
+        found = windows(torch.tensor(self.tokenizer.encode(text), dtype=torch.int64), self.context)
+        if not len(found[0]):
+            raise DataError(
+                "the shifted text is too short for a window",
+                where=f"shift {name}",
+                got=f"{len(text)} characters",
+                expected=f"more than {self.context} tokens",
+            )
+        return found
+
+    def test_text(self) -> str:
+        """The test split as text, its windows one after the other."""
+        return self.tokenizer.decode([*self.test_x.flatten().tolist(), int(self.test_y[-1, -1])])
 
     def verified(self) -> tuple[Tensor, Tensor]:
         """As many test windows as their logits allow."""

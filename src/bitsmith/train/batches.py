@@ -22,6 +22,7 @@ from bitsmith.train.distillation import counted
 KEPT = 2**26  # logits of a teacher: 256 MB
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
+AugmentBoth = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 Teacher = Callable[[Tensor], Tensor]
 
 
@@ -55,6 +56,7 @@ class Batches:
         accumulation: int = 1,
         seed: int = 0,
         augment: Augment | None = None,
+        augment_both: AugmentBoth | None = None,
         teacher: Teacher | None = None,
     ) -> None:
         if len(x) != len(y) or len(x) == 0:
@@ -64,10 +66,10 @@ class Batches:
                 got=f"{len(x)} and {len(y)} rows",
                 expected="as many of both, at least one",
             )
-        self.x, self.y, self.teacher, self.augment = x, y, teacher, augment
+        self.x, self.y, self.teacher, self.augment, self.augment_both = x, y, teacher, augment, augment_both
         self.batch_size, self.accumulation, self.seed = batch_size, accumulation, seed
         self._teacher_logits: Tensor | None = None
-        if teacher is not None and augment is None:
+        if teacher is not None and augment is None and augment_both is None:
             first, *others = x.split(batch_size)
             logits = teacher(as_float(first))
             if logits.numel() * len(x) <= KEPT * len(first):
@@ -93,12 +95,14 @@ class Batches:
         """
         epoch, index = divmod(step, self.steps_per_epoch)
         rows = self.order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
-        x = as_float(self.x[rows])
+        x, y = as_float(self.x[rows]), self.y[rows]
+        self._noise.manual_seed(seed_for(self.seed, "augment", epoch, index))
         if self.augment is not None:
-            self._noise.manual_seed(seed_for(self.seed, "augment", epoch, index))
             x = self.augment(x, self._noise)
+        if self.augment_both is not None:
+            x, y = self.augment_both(x, y, self._noise)
         soft = [self._soft(*pair) for pair in zip(self._split(x), self._split(rows), strict=True)]
-        targets = self._split(self.y[rows])
+        targets = self._split(y)
         return [
             MicroBatch(part, target, logits, len(part) / len(x), weight)
             for part, target, logits, weight in zip(

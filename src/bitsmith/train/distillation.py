@@ -1,7 +1,9 @@
 """Losses of one micro-batch: labels, a float teacher, or both.
 
 The teacher is a callable, not a member of the student, so that it is never saved, moved or trained with it.
-A target of a sequence that is IGNORED (a prompt, padding) counts in neither term, nor in any mean.
+A target of a sequence or a picture that is IGNORED (a prompt, padding, a pixel without a label) counts in
+neither term, nor in any mean. Classes are the last axis of logits, except in maps (N, classes, H, W), which
+are taken as convolutions put them out: `classes_last`.
 """
 
 from __future__ import annotations
@@ -15,10 +17,19 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 IGNORED = -100  # cross_entropy's own mark of a target that does not count
 
 
+def classes_last(logits: Tensor) -> Tensor:
+    """Logits (N, ..., classes): maps (N, classes, H, W), which have four axes, as (N, H, W, classes)."""
+    return logits.movedim(1, -1) if logits.ndim == 4 else logits
+
+
 def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross entropy of logits (N, ..., classes) against targets (N, ...) that are not IGNORED."""
+    """Mean cross entropy of logits (N, ..., classes) or (N, classes, H, W) against targets (N, ...) that are
+    not IGNORED."""
     return F.cross_entropy(
-        logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, label_smoothing=label_smoothing
+        classes_last(logits).flatten(0, -2),
+        targets.flatten(),
+        ignore_index=IGNORED,
+        label_smoothing=label_smoothing,
     )
 
 
@@ -30,13 +41,14 @@ def counted(targets: Tensor) -> Tensor | None:
 def distillation_loss(
     logits: Tensor, teacher_logits: Tensor, temperature: float, where: Tensor | None = None
 ) -> Tensor:
-    """T² · mean over rows of KL(softmax(teacher/T) || softmax(student/T)), logits (N, ..., classes).
+    """T² · mean over rows of KL(softmax(teacher/T) || softmax(student/T)), logits (N, ..., classes) or
+    (N, classes, H, W).
 
     where: (N, ...) bool, the rows that the mean is over; all of them without it. T² keeps the gradient's size
     when T changes (1503.02531, section 2).
     """
-    student = F.log_softmax(logits.flatten(0, -2) / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits.flatten(0, -2) / temperature, dim=-1)
+    student = F.log_softmax(classes_last(logits).flatten(0, -2) / temperature, dim=-1)
+    teacher = F.log_softmax(classes_last(teacher_logits).flatten(0, -2) / temperature, dim=-1)
     if where is None:
         return F.kl_div(student, teacher, log_target=True, reduction="batchmean") * temperature**2
     rows = F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)

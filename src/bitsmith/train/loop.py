@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bitsmith.errors import Interrupted, RecipeError, SiteError
 from bitsmith.methods.method import Method
-from bitsmith.train.batches import Augment, Batches
+from bitsmith.train.batches import Augment, AugmentBoth, Batches
 from bitsmith.train.checkpoint import check_keys, load_checkpoint, save_checkpoint, tensor_digest
 from bitsmith.train.config import TrainConfig, resolve_device
 from bitsmith.train.distillation import Loss, cross_entropy
@@ -70,6 +70,7 @@ def train(
     teacher: nn.Module | None = None,
     loss: Loss | None = None,
     augment: Augment | None = None,
+    augment_both: AugmentBoth | None = None,
     validate: Validate | None = None,
     progress: Callable[[Progress], None] | None = None,
     checkpoint: Path | None = None,
@@ -81,10 +82,11 @@ def train(
     """Train ``model`` in place; it is left in eval mode, and with averaged weights where ema > 0.
 
     train_x (N, ...) float, or uint8 which becomes 0..1; train_y (N, ...). ``augment(x, generator)`` changes
-    a batch of float inputs; ``validate()`` gives an accuracy after each epoch, or figures by name, which the
-    history holds as ``validation_NAME``; ``loss(logits, targets)`` replaces cross entropy. ``checkpoint`` is
-    one file, written at the end of an epoch once ``checkpoint_seconds`` have passed since the last time, at
-    the end, and on SIGINT, SIGTERM or when ``stop()`` is true after a step: those raise Interrupted.
+    a batch of float inputs, ``augment_both(x, y, generator)`` inputs and targets; ``validate()`` gives an
+    accuracy after each epoch, or figures by name, which the history holds as ``validation_NAME``;
+    ``loss(logits, targets)`` replaces cross entropy. ``checkpoint`` is one file, written at the end of an
+    epoch once ``checkpoint_seconds`` have passed since the last time, at the end, and on SIGINT, SIGTERM or
+    when ``stop()`` is true after a step: those raise Interrupted.
     ``resume`` continues from it if it exists.
     Raises RecipeError, FormatError, TrainingDiverged, Interrupted.
     """
@@ -116,6 +118,7 @@ def train(
                 accumulation=config.accumulation,
                 seed=config.seed,
                 augment=augment,
+                augment_both=augment_both,
                 teacher=_teacher(teacher, device, precision) if config.distillation > 0 else None,
             ),
             config,

@@ -45,7 +45,8 @@ class Run:
         device: torch.device,
         precision: str,
     ) -> None:
-        self.model, self.batches, self.config, self.methods = model, batches, config, list(methods)
+        self.model, self.batches, self.config = model, batches, config
+        self.methods = sorted(methods, key=lambda method: method.turn)
         self.task_loss, self.device, self.precision = task_loss, device, precision
         groups = parameter_groups(
             model,
@@ -58,6 +59,8 @@ class Run:
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.peak_rates = [group["lr"] for group in groups]
         self.optimizer = OPTIMIZERS[config.optimizer](groups)
+        for method in self.methods:
+            method.optimizer_made(self.optimizer)
         self.average = Average(model, config.ema) if config.ema > 0 else None
         self.steps = config.epochs * batches.steps_per_epoch
         self.step = 0
