@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bitsmith.kernels.choose import Backend
+from bitsmith.kernels.choose import Backend, best
 from bitsmith.kernels.operands import Activations, Codes, pack_nibbles, unpack_nibbles
 from bitsmith.kernels.torch_path import TorchPath
 from bitsmith.numerics.affine import quantize
@@ -139,8 +139,6 @@ def test_threads_change_nothing(backend: Backend, threads: int) -> None:
 
 
 def test_a_packed_weight_takes_its_bits() -> None:
-    from bitsmith.kernels.choose import best
-
     backend = best()
     if isinstance(backend, TorchPath):
         pytest.skip("torch keeps a byte a code")
@@ -154,3 +152,15 @@ def test_operands_that_do_not_fit_are_refused(backend: Backend, k: int) -> None:
     weight = backend.pack(torch.zeros(4, 40000, dtype=torch.uint8), 2)
     with pytest.raises(ValueError, match=r"do not meet|32768"):
         backend.sums(Activations(torch.zeros(2, k, dtype=torch.int8)), weight)
+
+
+@pytest.mark.parametrize(
+    "out", [torch.zeros(2, 3, dtype=torch.int32), torch.zeros(2, 4), torch.zeros(4, 2, dtype=torch.int32).t()]
+)
+def test_memory_that_does_not_hold_the_result_is_refused(out: Tensor) -> None:
+    backend = best()
+    if isinstance(backend, TorchPath):
+        pytest.skip("torch checks its own operands")
+    weight = backend.pack(torch.zeros(4, 8, dtype=torch.uint8), 2)
+    with pytest.raises(ValueError, match=r"hold|int32"):
+        backend.sums(Activations(torch.zeros(2, 8, dtype=torch.int8)), weight, out=out)

@@ -42,6 +42,17 @@ class Geometry:
         """Rows of the matrix of a batch."""
         return image.shape[0] * self.rows * self.columns
 
+    def check(self, image: Tensor) -> None:
+        """ValueError where the image does not lie as this says: C would read what is not its own."""
+        strides = (self.pixel * self.width * self.height, self.pixel * self.width, self.pixel, 1)
+        sizes = (self.height, self.width, self.channels)
+        wrong = image.numel() > 0 and any(
+            size > 1 and had != due
+            for size, had, due in zip(image.shape, image.stride(), strides, strict=True)
+        )
+        if tuple(image.shape[1:]) != sizes or wrong or image.element_size() != 1:
+            raise ValueError(f"an image {tuple(image.shape)} does not lie as {self} says")
+
     def numbers(self) -> list[int]:
         """In the order of C."""
         return [getattr(self, name) for name in self.FIELDS]

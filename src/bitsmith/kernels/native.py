@@ -132,6 +132,9 @@ class Native:
         """The integers (m, n), int32; added to ``out`` where given."""
         assert weight.groups == 1
         made = torch.empty(x.shape[0], weight.shape[0], dtype=torch.int32) if out is None else out
+        if made.shape != (x.shape[0], weight.shape[0]) or not made.is_contiguous():
+            raise ValueError(f"out {tuple(made.shape)} does not hold {(x.shape[0], weight.shape[0])}")
+        _pointer(made, torch.int32)
         return self._product(x, weight, made, None, _SUMS, accumulate=out is not None)
 
     def values(self, x: Activations, weight: Weight, bias: Tensor | None = None) -> Tensor:
@@ -158,8 +161,13 @@ class Native:
     ) -> Tensor:
         n, k = w.shape
         m = out.shape[0]
-        if geometry is None and x.shape != (m, k):
-            raise ValueError(f"activations {x.shape} do not meet a weight {w.shape}")
+        found = x.shape if geometry is None else (m, geometry.inputs)
+        if found != (m, k):
+            raise ValueError(f"activations {found} do not meet a weight {w.shape}")
+        if x.packed and (x.codes.shape[1] != (k + 1) // 2 or x.codes.stride(1) != 1):
+            raise ValueError(f"{k} codes of 4 bits are {(k + 1) // 2} bytes of a row, side by side")
+        if geometry is not None:
+            geometry.check(x.codes)
         if k > MOST_INPUTS:
             raise ValueError(f"{k} inputs could overflow a sum of 32 bits; at most {MOST_INPUTS}")
         if not k:
@@ -217,6 +225,9 @@ class Native:
 
     def rows(self, image: Tensor, geometry: Geometry, first: int, count: int) -> Tensor:
         """Rows [first, first + count) of a convolution's matrix, of the image's dtype."""
+        geometry.check(image)
+        if not 0 <= first <= first + count <= geometry.row_count(image):
+            raise ValueError(f"rows {first} to {first + count} of {geometry.row_count(image)}")
         made = torch.empty(count, geometry.inputs, dtype=image.dtype)
         numbers = _Image(*geometry.numbers())
         self._c["rows"](
