@@ -1,4 +1,4 @@
-"""`bitsmith evaluate`: the model of a run on its own or on other data, under shifts, on questions; flatness."""
+"""`bitsmith evaluate`: the model of a run on its own or on other data; under shifts; questions; flatness."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def command(
     model: OwnModel = None,
     json: Json = False,
 ) -> None:
-    """Measure the packed model of a run on its test split, or on yours; under shifts; on questions; flatness."""
+    """Measure the model of a run on its test split, or on yours; under shifts; on questions; its flatness."""
     from bitsmith.errors import RecipeError
     from bitsmith.recipe.reopen import ask_run, evaluate_run, flatness_of_run
 
@@ -179,9 +179,8 @@ def _show_flatness(found: dict[str, Any], page: Path | None) -> None:
         notes.append("this run has not kept its float model")
     title = f"{found['data']}: flatness on {found['rows']} training {found['unit']}"
     lower = [column.lower() for column in columns]
-    output().print(
-        table(title, lower, [[row[0].lower(), *row[1:]] for row in cells], caption="; ".join(notes))
-    )
+    output().print(table(title, lower, [[row[0].lower(), *row[1:]] for row in cells]))
+    output().print("; ".join(notes))
     if page is not None:
         output().print(f"Page {page}")
 

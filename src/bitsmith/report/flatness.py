@@ -26,11 +26,13 @@ SIDE, LEFT, TOP, BELOW = 300.0, 48.0, 8.0, 44.0  # of a map, and the room for it
 STYLE = """
 .surfaces { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(280px,100%),1fr)); gap:8px 34px;
   margin-top:18px }
-.surfaces figure { margin:0; min-width:0; max-width:500px }
+.surfaces figure { margin:0; min-width:0; max-width:400px }
 .surfaces h3 { margin:0 }
 .surface { display:block; width:100%; height:auto }
 .surface text { font-size:11.5px; fill:var(--soft); font-variant-numeric:tabular-nums }
-.surface rect { fill:color-mix(in srgb,var(--bad) calc(var(--heat)*1%),var(--track)) }
+.flat-figures { max-width:640px }
+.surface rect { shape-rendering:crispEdges;
+  fill:color-mix(in srgb,var(--bad) calc(var(--heat)*1%),var(--track)) }
 .surface rect.none { fill:var(--soft) }
 .surface .contours { fill:none; stroke:var(--ink); stroke-width:1.1; opacity:.6 }
 .surface .level { fill:var(--ink); font-weight:600; font-size:10.5px; paint-order:stroke;
@@ -101,7 +103,7 @@ def write_flatness_page(found: Mapping[str, Any], path: Path, run: str) -> None:
     """What `bitsmith evaluate --flatness` measured, as a page."""
     models = found["models"]
     title = f"Sharpness {number(models['quantized']['sharpness'])}"
-    lead = f"By so much the quantized model's loss rises within {_radius(found)} of its weights."
+    lead = f"By so many nats the quantized model's loss rises within {_radius(found)} of every tensor's norm."
     if "float" in models:
         lead += f" Float: {number(models['float']['sharpness'])}."
     header = (
@@ -157,6 +159,7 @@ def _body(found: Mapping[str, Any]) -> str:
     columns, cells = rows(found)
     marked = [[page.text(cell) for cell in row] for row in cells]
     table = page.table(columns, marked, "Flatness of each model", numbers=range(1, len(columns)))
+    table = f'<div class="flat-figures">{table}</div>'
     surfaces = {
         name: found["models"][name].get("surface") or [] for name in MODELS if name in found["models"]
     }
@@ -175,7 +178,7 @@ def _body(found: Mapping[str, Any]) -> str:
     lines = f"lines at {words.listing(f'{level:g}' for level in levels)}" if levels else ""
     said = "; ".join(filter(None, ("logarithmic colour" if logarithmic else "", lines)))
     legend = (
-        f'<div class="losses"><span>loss {number(low)}</span><i></i><span>{number(high)}'
+        f'<div class="losses"><span>Loss {number(low)}</span><i></i><span>{number(high)}'
         f"{'; ' * bool(said)}{page.text(said)}</span></div>"
     )
     note = page.note(
