@@ -21,6 +21,7 @@ from bitsmith.quantization.finalize import finalize
 from bitsmith.quantization.integer_layers import PackedWeight, packed_sites
 from bitsmith.recipe import flatness, shifts
 from bitsmith.recipe.competition import at_widths
+from bitsmith.recipe.composition import deciders
 from bitsmith.recipe.deliver import write_exports
 from bitsmith.recipe.directory import load_stage, stage_path
 from bitsmith.recipe.job import prepare_sites
@@ -355,7 +356,8 @@ def _trained(path: Path, recipe: Recipe, factory: str | None, example: Tensor) -
     """The model that was delivered as it was trained: quantizers with their estimators, in eval mode."""
     model = _float_model(path, recipe, factory)
     searched = load_stage(path, "winner")
-    plan = Plan.load(path / "plan.json") if recipe.plan is not None or searched is not None else None
+    learned = deciders({name: options for entry in recipe.methods for name, options in entry.items()})
+    plan = Plan.load(path / "plan.json") if recipe.plan is not None or searched or learned else None
     prepare_sites(recipe.model_copy(update={"methods": []}), model, plan, example)
     stage = searched or load_stage(path, "qat")
     if stage is None:

@@ -178,8 +178,8 @@ def _body(found: Mapping[str, Any]) -> str:
     lines = f"lines at {words.listing(f'{level:g}' for level in levels)}" if levels else ""
     said = "; ".join(filter(None, ("logarithmic colour" if logarithmic else "", lines)))
     legend = (
-        f'<div class="losses"><span>Loss {number(low)}</span><i></i><span>{number(high)}'
-        f"{'; ' * bool(said)}{page.text(said)}</span></div>"
+        f'<div class="losses"><span>Loss {number(low)}</span><i></i><span>{number(high)}</span>'
+        f"<span>{page.text(said)}</span></div>"
     )
     note = page.note(
         f"The loss where all filters move along two random directions, the same ones for each model, by "
