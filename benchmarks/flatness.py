@@ -5,6 +5,7 @@
     python benchmarks/flatness.py --table                  # what has been measured so far, all tasks
 
     digits    the CNN on a fold of the digits; all corruptions of bitsmith.tasks.shifts, severities 1, 3, 5
+    vit       the small transformer, the same
     scenes    the U-Net on the scenes of digits (mean IoU); noise, blur, contrast and their kin
     cifar10   the pretrained ResNet-20, 3 epochs on 6,400 images; all corruptions, on 1,000 test images
     mnist     the CNN, trained on 6,000 images of MNIST at 16x16; USPS and MNIST-M (2,000 images each)
@@ -68,16 +69,18 @@ def anchored(*arguments: Any, **options: Any) -> Contender:
     return Contender(lambda: [WeightAnchor(*arguments, **options)])
 
 
+RADIUS = 0.03  # the default
 CONTENDERS = {
     "plain": Contender(),
     "twice": Contender(epochs=2.0),
     "averaged": Contender(ema=0.99),
     "augmented": Contender(augmented=True),
     "sharpness": sharp(),
-    "sharpness 0.1": sharp(0.1),
-    "sharpness 0.2": sharp(0.2),
-    "sharpness 0.4": sharp(0.4),
-    "sharpness, absolute 0.5": sharp(0.5, relative=False),
+    "sharpness / 4": sharp(RADIUS / 4),
+    "sharpness / 2": sharp(RADIUS / 2),
+    "sharpness x 2": sharp(RADIUS * 2),
+    "sharpness x 4": sharp(RADIUS * 4),
+    "sharpness, tensors": sharp(0.05, relative_to="tensor"),
     "sharpness, every 5": sharp(every=5),
     "sagm": sharp(kind="sagm"),
     "sharpness, averaged": Contender(lambda: [Sharpness()], ema=0.99),
@@ -115,6 +118,12 @@ def digits(seed: int) -> tuple[nn.Module, Examples]:
     """The CNN on a fold."""
     data = load("digits", seed=seed, fold=seed % 5)
     return trained(build("digits_cnn", seed=seed), data, 20, 4e-3, seed), data
+
+
+def vit(seed: int) -> tuple[nn.Module, Examples]:
+    """The transformer on a fold."""
+    data = load("digits", seed=seed, fold=seed % 5)
+    return trained(build("digits_vit", seed=seed), data, 20, 2e-3, seed), data
 
 
 def scenes(seed: int) -> tuple[nn.Module, Examples]:
@@ -188,6 +197,7 @@ PIXELWISE = (
 )
 TASKS = {
     "digits": Task(digits, ("corruptions",)),
+    "vit": Task(vit, ("corruptions",), rate=2e-3),
     "scenes": Task(scenes, PIXELWISE, epochs=10, metric="mean_iou"),
     "cifar10": Task(cifar10, ("corruptions",), epochs=3, rate=2e-3, batch_size=128),
     "mnist": Task(mnist, ("domains",), epochs=6),

@@ -51,6 +51,8 @@ def test_a_folder_without_a_floor_is_refused(copy: Path) -> None:
     [
         ("numerics", "import bitsmith.quantization", "Imports go downward only"),
         ("numerics", "import bitsmith.errors", "numerics is torch"),
+        ("numerics", "import bitsmith.kernels", "Imports go downward only"),
+        ("kernels", "import bitsmith.quantization", "Imports go downward only"),
         ("post_training", "import bitsmith.methods", "Imports go downward only"),
         ("quantization", "import onnx", "other people's file formats"),
         ("quantization", "import rich.table", "the terminal"),

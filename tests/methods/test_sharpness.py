@@ -63,20 +63,26 @@ def w_and_gradient(net: Quadratic) -> tuple[Tensor, Tensor]:
 
 
 def test_sam_has_the_gradient_at_the_radius() -> None:
-    net, found, _ = second_gradient(Sharpness(0.3, relative=False))
+    net, found, _ = second_gradient(Sharpness(0.3, relative_to=None))
     w, g = w_and_gradient(net)
     torch.testing.assert_close(found, net.A @ (w + 0.3 * g / g.norm()))
 
 
 def test_sagm_is_the_mean_of_the_gradient_and_that_at_the_matched_point() -> None:
-    net, found, _ = second_gradient(Sharpness(0.3, kind="sagm", alpha=0.02, relative=False))
+    net, found, _ = second_gradient(Sharpness(0.3, kind="sagm", alpha=0.02, relative_to=None))
     w, g = w_and_gradient(net)
     torch.testing.assert_close(found, (g + net.A @ (w + (0.3 / g.norm() - 0.02) * g)) / 2)
 
 
+def test_a_radius_relative_to_the_model_is_a_share_of_its_norm() -> None:
+    net, found, _ = second_gradient(Sharpness(0.1))
+    w, g = w_and_gradient(net)
+    torch.testing.assert_close(found, net.A @ (w + 0.1 * w.norm() * g / g.norm()))
+
+
 @pytest.mark.parametrize("kind", ["sam", "sagm"])
 def test_a_relative_radius_is_a_share_of_each_tensor(kind: str) -> None:
-    net, found, _ = second_gradient(Sharpness(0.1, kind=kind, alpha=0.02))
+    net, found, _ = second_gradient(Sharpness(0.1, kind=kind, alpha=0.02, relative_to="tensor"))
     w, g = w_and_gradient(net)
     parts = zip(w.split([2, 1]), g.split([2, 1]), strict=True)
     e = torch.cat([0.1 * own.norm() * gradient / gradient.norm() for own, gradient in parts])
@@ -84,19 +90,19 @@ def test_a_relative_radius_is_a_share_of_each_tensor(kind: str) -> None:
     torch.testing.assert_close(found, there if kind == "sam" else (g + there) / 2)
 
 
-@pytest.mark.parametrize("relative", [True, False])
-def test_a_step_in_between_adds_the_part_across_the_gradient_again(relative: bool) -> None:
-    net, reused, calls = second_gradient(Sharpness(0.3, every=5, relative=relative), steps=5)
+@pytest.mark.parametrize("relative_to", ["tensor", "model", None])
+def test_a_step_in_between_adds_the_part_across_the_gradient_again(relative_to: str | None) -> None:
+    net, reused, calls = second_gradient(Sharpness(0.3, every=5, relative_to=relative_to), steps=5)
     assert calls == [0]
     _, g = w_and_gradient(net)
-    _, flat, _ = second_gradient(Sharpness(0.3, relative=relative))
+    _, flat, _ = second_gradient(Sharpness(0.3, relative_to=relative_to))
     wanted = []
-    for part in [slice(0, 2), slice(2, 3)] if relative else [slice(0, 3)]:
+    for part in [slice(0, 2), slice(2, 3)] if relative_to == "tensor" else [slice(0, 3)]:
         own, other = g[part], flat[part]
         across = other - (other @ own) / (own @ own) * own
         wanted.append(own + 0.7 * own.norm() * across / (across.norm() + 1e-12))
     torch.testing.assert_close(reused[:2], torch.cat(wanted)[:2])
-    if not relative:  # a tensor of one element has nothing across its gradient but rounding
+    if relative_to != "tensor":  # a tensor of one element has nothing across its gradient but rounding
         torch.testing.assert_close(reused[2:], torch.cat(wanted)[2:])
 
 
@@ -164,10 +170,10 @@ def watched(method: Sharpness, net: nn.Module) -> list[dict[str, Tensor]]:
     return seen
 
 
-@pytest.mark.parametrize("relative", [True, False])
-def test_weights_and_scales_are_perturbed_and_come_back_to_the_last_bit(relative: bool) -> None:
+@pytest.mark.parametrize("relative_to", ["tensor", "model", None])
+def test_weights_and_scales_are_perturbed_and_come_back_to_the_last_bit(relative_to: str | None) -> None:
     net = quantized()
-    method = Sharpness(0.05, relative=relative)
+    method = Sharpness(0.05, relative_to=relative_to)
     run = run_of(net, method, accumulation=2)
     seen = watched(method, net)
     for _ in range(3):
@@ -176,14 +182,14 @@ def test_weights_and_scales_are_perturbed_and_come_back_to_the_last_bit(relative
     assert {"0.weight", "0.weight_quantizer.range", "5.input_quantizer.range", "1.weight"} <= trained
     for before, inside, after in zip(seen[::3], seen[1::3], seen[2::3], strict=True):
         assert all(torch.equal(before[name], after[name]) for name in before), "BatchNorm's statistics, too"
-        biases = {"1.bias"} if relative else set()  # begins at zero: a share of it is nothing
+        biases = {"1.bias"} if relative_to == "tensor" else set()  # begins at zero: a share of it is nothing
         moved = {name for name in before if not torch.equal(before[name], inside[name])}
         assert trained - biases - moved == set()
         assert moved <= trained
 
 
 def test_a_relative_radius_moves_each_scale_by_its_share() -> None:
-    net, method = quantized(), Sharpness(0.05)
+    net, method = quantized(), Sharpness(0.05, relative_to="tensor")
     run = run_of(net, method)
     seen = watched(method, net)
     run.train_step()
@@ -339,7 +345,7 @@ def test_it_trains_on_cuda() -> None:
         ({"freeze": "orderd"}, "ordered"),
         ({"freeze": "ordered", "kind": "sagm", "disorder_threshold": 1.5}, "0 to 1"),
         ({"freeze": "ordered", "kind": "sagm", "disorder_window": 1}, "from 2 on"),
-        ({"relative": "yes"}, "true or false"),
+        ({"relative_to": "layer"}, "model"),
         ({"freeze": "ordered"}, "kind: sagm"),
     ],
 )

@@ -14,7 +14,7 @@ from bitsmith.cli.show import facts, output, print_json, table
 EXAMPLES = (
     ("bitsmith inspect runs/digits", "bits, bytes and BOPs per layer; what stays in float, and why"),
     ("bitsmith inspect runs/digits/model --json", "the exported model itself, for a program"),
-    ("bitsmith inspect --system", "versions, threads and instruction sets"),
+    ("bitsmith inspect --system", "versions, threads, instruction sets and the integer kernels in use"),
 )
 
 
@@ -44,7 +44,9 @@ def command(
         )
     found: dict[str, Any] = inspect_path(model) if model is not None else {}
     if system:
-        found["system"] = environment()
+        from bitsmith.kernels.choose import describe
+
+        found["system"] = environment() | describe()
     if json:
         print_json(found)
         return

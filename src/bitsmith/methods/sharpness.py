@@ -7,12 +7,13 @@
 g_1 is the gradient of the task's first pass, with which BatchNorm statistics move; the second pass leaves
 them alone. Every parameter has afterwards the bits that it had before. The radius is
 
-    relative      e_l = rho |theta_l| g_l / |g_l| for each tensor l, of learned scales: rho of each scale
-    absolute      e = rho g / |g|, norms over all tensors
+    of the model    e = rho |w| g / |g|, norms over all tensors, w those that are no learned scales
+    of each tensor  e_l = rho |theta_l| g_l / |g_l| for each tensor l, of learned scales: rho of each scale
+    absolute        e = rho g / |g|
 
-Relative, rho means the same at every layer and for every model. ASAM (2102.11600) has |theta_l| element by
-element, with one radius over all; here each tensor has its own, as a quantizer sees its weight by the size of
-the scale, not of the element.
+Of the model, rho means about the same for every model, and tensors move as far as the loss asks, which that
+of each tensor forbids: there the least sensitive one moves as far as any, and so all must move less. (ASAM,
+2102.11600, is relative element by element, with one radius over all.)
 
 The paper's second half: a scale has two gradients that may conflict, g_1 of the task and g_2 of flatness. Its
 *disorder* is the share of steps in which g_1 changes sign; every `disorder_window` steps scales are frozen by
@@ -48,6 +49,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # of t = step / steps, a fac
 CHOICES = {
     "kind": ("sam", "sagm"),
     "schedule": tuple(SCHEDULES),
+    "relative_to": (None, "model", "tensor"),
     "between": ("plain", "reuse"),
     "freeze": (None, "ordered", "disordered"),
 }
@@ -56,12 +58,13 @@ CHOICES = {
 class Sharpness(Method):
     """Trains towards flat minima by a second pass at perturbed weights and scales.
 
-    radius: rho, relative to each tensor or, with ``relative: false``, of all together. kind: sam or sagm,
-    with its alpha. schedule: of rho: constant, cosine (to 0) or warm_up (over the first tenth). every: steps
-    from one second pass to the next. between: what the others do: plain steps, or reuse of the last direction
-    that a second pass added (LookSAM). freeze: which scales the task leaves alone, by the disorder of its
-    gradient in the last ``disorder_window`` steps: those below the ``disorder_threshold`` (ordered), above it
-    (disordered), or none. unfreeze: whether a frozen one may come free again.
+    radius: rho, a share of the norm of the "model" or of each "tensor" (relative_to), or as it is (None).
+    kind: sam or sagm, with its alpha. schedule: of rho: constant, cosine (to 0) or warm_up (over the first
+    tenth). every: steps from one second pass to the next. between: what the others do: plain steps, or
+    reuse of the last direction that a second pass added (LookSAM). freeze: which scales the task leaves
+    alone, by the disorder of its gradient in the last ``disorder_window`` steps: those below the
+    ``disorder_threshold`` (ordered), above it (disordered), or none. unfreeze: whether a frozen one may
+    come free again.
 
     Raises SchemeError for options out of range or that contradict one another, SiteError where scales shall
     be frozen and none is learned.
@@ -81,10 +84,10 @@ class Sharpness(Method):
 
     def __init__(
         self,
-        radius: float = 0.05,
+        radius: float = 0.03,
         *,
         kind: str = "sam",
-        relative: bool = True,
+        relative_to: str | None = "model",
         alpha: float = 0.001,
         schedule: str = "constant",
         every: int = 1,
@@ -100,7 +103,8 @@ class Sharpness(Method):
             if given[name] is not None or None not in choices:
                 check_choice(f"sharpness.{name}", given[name], [c for c in choices if c is not None])
         _check(given)
-        self.rho, self.kind, self.relative, self.schedule = float(radius), kind, relative, schedule
+        self.rho, self.kind, self.relative_to, self.schedule = float(radius), kind, relative_to, schedule
+        self.each = relative_to == "tensor"
         self.alpha = float(alpha) if kind == "sagm" else 0.0
         self.every, self.reuses = every, between == "reuse" and every > 1
         self.freeze, self.threshold, self.window = freeze, disorder_threshold, disorder_window
@@ -198,8 +202,11 @@ class Sharpness(Method):
     def _factors(self, moved: list[Tensor], g: list[Tensor]) -> list[Tensor]:
         """e / g of each tensor, 0-D."""
         norms = _norms(g)
-        if not self.relative:
-            return [self.radius / (norms.norm() + TINY) - self.alpha] * len(g)
+        if not self.each:
+            size = norms.new_ones(())
+            if self.relative_to is not None:
+                size = _norms([p for p in moved if id(p) not in self._scales]).norm()
+            return [self.radius * size / (norms.norm() + TINY) - self.alpha] * len(g)
         # A range is the logarithm of its C scales: rho of each scale is rho / ln 2 of each exponent.
         scales = [self._scales.get(id(p)) for p in moved]
         each = zip(_norms(moved).unbind(), scales, strict=True)
@@ -216,7 +223,7 @@ class Sharpness(Method):
         products = torch._foreach_mul(g, plain)
         along = torch.stack([product.sum(dtype=torch.float32) for product in products])
         squares = _norms(plain).square()
-        if not self.relative:
+        if not self.each:
             along, squares = along.sum().expand_as(along), squares.sum().expand_as(squares)
         parts = torch._foreach_mul(plain, list((along / (squares + TINY**2)).unbind()))
         directions = [self._direction(p) for p in moved]
@@ -235,7 +242,7 @@ class Sharpness(Method):
             return
         g, v = [_gradient(p) for p in moved], [self._direction(p) for p in moved]
         sizes, lengths = _norms(g), _norms(v)
-        if not self.relative:
+        if not self.each:
             sizes, lengths = sizes.norm().expand_as(sizes), lengths.norm().expand_as(lengths)
         torch._foreach_add_(g, torch._foreach_mul(v, list((REUSE * sizes / (lengths + TINY)).unbind())))
 
@@ -330,8 +337,7 @@ def _check(given: Mapping[str, Any]) -> None:
         check(name, whole and given[name] >= least, f"a whole number from {least} on")
     threshold = given["disorder_threshold"]
     check("disorder_threshold", is_number(threshold) and 0 <= threshold <= 1, "a share of steps from 0 to 1")
-    for name in ("relative", "unfreeze"):
-        check(name, isinstance(given[name], bool), "true or false")
+    check("unfreeze", isinstance(given["unfreeze"], bool), "true or false")
     if given["freeze"] is not None and given["kind"] == "sam" and given["every"] == 1:
         raise SchemeError(
             "with sam in every step no gradient of the task is left that could be frozen",

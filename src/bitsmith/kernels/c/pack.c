@@ -1,0 +1,129 @@
+/* Codes to the layout of kernels.h, and back. */
+#include "kernels.h"
+
+typedef struct {
+    const uint8_t *from;
+    int64_t row, column;       /* bytes from channel to channel and from input to input */
+    int64_t n, k, group, bits, flip;
+    uint8_t *to;
+    int32_t *sums;             /* (panel, group, 16) of codes */
+    int64_t next;
+} packing;
+
+/* One block of 32 inputs x 16 channels: code[input][channel], into planes of 8, 4, 2 and 1 bits. */
+static void write_block(uint8_t code[BLOCK][PANEL], int bits, uint8_t *to) {
+    memset(to, 0, bits * CELL);
+    int at = 0;
+    for (int plane = 8; plane; plane /= 2) {
+        if (!(bits & plane))
+            continue;
+        int each = 8 / plane, mask = (1 << plane) - 1;   /* cells in a vector */
+        for (int c = 0; c < 8; c++, to += c % each ? 0 : CELL)
+            for (int j = 0; j < PANEL; j++)
+                for (int i = 0; i < 4; i++)
+                    to[4 * j + i] |= (uint8_t)((code[4 * c + i][j] >> at & mask) << (c % each * plane));
+        at += plane;
+    }
+}
+
+/* Blocks of eight bits are a matter of speed, as weights and activations that train are packed in each step: four
+   inputs of a channel are one word (the machine is little-endian, or the self-test fails). */
+static void write_bytes(uint8_t code[BLOCK][PANEL], uint8_t *to) {
+    for (int c = 0; c < 8; c++, to += CELL) {
+        uint32_t words[PANEL];
+        for (int j = 0; j < PANEL; j++)
+            words[j] = code[4 * c][j] | (uint32_t)code[4 * c + 1][j] << 8 | (uint32_t)code[4 * c + 2][j] << 16
+                       | (uint32_t)code[4 * c + 3][j] << 24;
+        memcpy(to, words, CELL);
+    }
+}
+
+/* The same for inputs that lie side by side already. */
+static void copy_words(const uint8_t *from, int64_t row, uint32_t flip, int32_t *sum, uint8_t *to) {
+    for (int c = 0; c < 8; c++, to += CELL) {
+        uint32_t words[PANEL];
+        for (int j = 0; j < PANEL; j++)
+            words[j] = (uint32_t)word(from + j * row + 4 * c) ^ flip * 0x01010101u;
+        for (int j = 0; j < PANEL; j++)
+            sum[j] += (int32_t)((words[j] & 255) + (words[j] >> 8 & 255) + (words[j] >> 16 & 255) + (words[j] >> 24));
+        memcpy(to, words, CELL);
+    }
+}
+
+static void pack_panels(void *data) {
+    packing *p = data;
+    int64_t groups = maximum(1, (p->k + p->group - 1) / p->group);
+    int64_t stored = padded(p->k, p->group);
+    for (int64_t panel; (panel = draw(&p->next)) * PANEL < p->n;) {
+        int64_t channels = minimum(PANEL, p->n - panel * PANEL);
+        uint8_t *to = p->to + panel * (stored / BLOCK) * p->bits * CELL;
+        for (int64_t g = 0; g < groups; g++) {
+            int32_t sum[PANEL] = {0};
+            int64_t end = minimum((g + 1) * p->group, p->k);
+            for (int64_t k = g * p->group; k < end; k += BLOCK, to += p->bits * CELL) {
+                uint8_t code[BLOCK][PANEL] = {{0}};
+                const uint8_t *from = p->from + panel * PANEL * p->row + k * p->column;
+                int64_t inputs = minimum(BLOCK, end - k);
+                if (p->bits == 8 && p->column == 1 && inputs == BLOCK && channels == PANEL) {
+                    copy_words(from, p->row, (uint32_t)p->flip, sum, to);
+                    continue;
+                }
+                if (p->row == 1 && channels == PANEL)
+                    for (int64_t i = 0; i < inputs; i++)
+                        for (int j = 0; j < PANEL; j++)
+                            code[i][j] = (uint8_t)(from[i * p->column + j] ^ p->flip);
+                else
+                    for (int64_t j = 0; j < channels; j++)
+                        for (int64_t i = 0; i < inputs; i++)
+                            code[i][j] = (uint8_t)(from[j * p->row + i * p->column] ^ p->flip);
+                for (int64_t i = 0; i < inputs; i++)
+                    for (int j = 0; j < PANEL; j++)
+                        sum[j] += code[i][j];
+                if (p->bits == 8)
+                    write_bytes(code, to);
+                else
+                    write_block(code, (int)p->bits, to);
+            }
+            memcpy(p->sums + (panel * groups + g) * PANEL, sum, sizeof sum);
+        }
+    }
+}
+
+/* Bytes that n x k codes take. */
+int64_t bitsmith_packed_bytes(int64_t n, int64_t k, int64_t group, int64_t bits) {
+    return (n + PANEL - 1) / PANEL * (padded(k, group) / BLOCK) * bits * CELL;
+}
+
+/* Unsigned codes (n, k), one a byte, xor `flip` (0x80 makes signed bytes codes from 0), packed at `bits`. */
+void bitsmith_pack(const uint8_t *from, int64_t row, int64_t column, int64_t n, int64_t k, int64_t group, int64_t bits,
+                   int64_t flip, uint8_t *to, int32_t *sums, int64_t threads) {
+    packing p = {from, row, column, n, k, group, bits, flip, to, sums, 0};
+    team(pack_panels, &p, minimum(threads, (n + PANEL - 1) / PANEL));
+}
+
+/* The inverse: (n, k) codes, one a byte. */
+void bitsmith_unpack(const uint8_t *from, int64_t n, int64_t k, int64_t group, int64_t bits, uint8_t *to) {
+    int64_t whole = padded(group, group), blocks = padded(k, group) / BLOCK;
+    for (int64_t channel = 0; channel < n; channel++)
+        for (int64_t input = 0; input < k; input++) {
+            int64_t at = input / group * whole + input % group, c = at % BLOCK / 4;
+            int64_t byte = channel % PANEL * 4 + at % 4, code = 0, shift = 0;
+            const uint8_t *block = from + (channel / PANEL * blocks + at / BLOCK) * bits * CELL;
+            for (int64_t plane = 8; plane; plane /= 2) {
+                if (!(bits & plane))
+                    continue;
+                int64_t each = 8 / plane;
+                code |= (int64_t)(block[c / each * CELL + byte] >> (c % each * plane) & ((1 << plane) - 1)) << shift;
+                block += plane * CELL, shift += plane;
+            }
+            to[channel * k + input] = (uint8_t)code;
+        }
+}
+
+/* `count` codes of the native format's dense bit stream, the first at bit `start`: one a byte, counted from 0. */
+void bitsmith_decode(const uint8_t *stream, int64_t bytes, int64_t start, int64_t bits, int64_t count, uint8_t *to) {
+    for (int64_t i = 0, bit = start; i < count; i++, bit += bits) {
+        int64_t byte = bit / 8, pair = stream[byte] | (byte + 1 < bytes ? stream[byte + 1] << 8 : 0);
+        to[i] = (uint8_t)(pair >> bit % 8 & ((1 << bits) - 1));
+    }
+}
