@@ -227,7 +227,12 @@ Row = tuple[str, str, str]  # key, default, values
 
 def recipe_rows() -> Iterator[Row]:
     suites = f"{choices((*WHOLE, *SUITES))}, or names of shifts joined by commas"
-    values = {"target": choices(TARGETS), "export": choices(EXPORTS), "shift": suites, "flatness": "`false`, `true`, or a mapping"}
+    values = {
+        "target": choices(TARGETS),
+        "export": choices(EXPORTS),
+        "shift": suites,
+        "flatness": "`false`, `true`, or a mapping",
+    }
     shown = {
         "model": "digits_cnn",
         "data": "digits",

@@ -71,6 +71,14 @@ def test_both_maps_share_one_colour_scale():
     assert "logarithmic" in shown
 
 
+def test_a_loss_of_nearly_nothing_does_not_take_the_whole_scale():
+    surface = [[3.0, 3.0, 3.0], [0.3, 0.0, 0.03], [3.0, 1e-20, 3.0]]
+    models = {"quantized": {"loss": 0.0, "sharpness": 0.1, "top_eigenvalue": 1.0, "surface": surface}}
+    shown = card(document(models=models))
+    assert re.findall(r"--heat:(\d+)", shown) == ["100", "100", "100", "75", "0", "50", "100", "0", "100"]
+    assert "0.000300 or less" in shown
+
+
 def test_a_narrow_range_is_linear():
     models = {"quantized": {"loss": 1.0, "sharpness": 0.1, "top_eigenvalue": 1.0, "surface": bowl(1.0, 3)}}
     shown = card(document(models=models))
@@ -164,6 +172,7 @@ def models(**changes):
         (models(sharpness="steep"), "no figures of its models"),
         (models(surface=[[1.0, 2.0], [1.0]]), "no figures of its models"),
         (models(surface=[[1.0, 2.0, 3.0]]), "no figures of its models"),
+        (models(surface=[[1.0] * 4] * 4), "no figures of its models"),
         (models(surface=3), "no figures of its models"),
     ],
 )

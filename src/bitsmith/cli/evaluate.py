@@ -99,7 +99,8 @@ def command(
         if value is not None and not flatness:
             raise RecipeError("flatness is not asked for", where=option, got=value, remedy="Give --flatness")
     if flatness:
-        for option, other in (("--shift", shift), ("--severity", severity), ("--questions", questions)):
+        others = {"--shift": shift, "--severity": severity, "--questions": questions, "--limit": limit}
+        for option, other in others.items():
             if other:
                 remedy = "Leave one out"
                 raise RecipeError("this is not of flatness", where=option, got=other, remedy=remedy)
@@ -108,7 +109,8 @@ def command(
         return
     for option, given in (("--severity", severity), ("--out", out)):
         if given and shift is None:
-            raise RecipeError("there is no shift", where=option, got=given, remedy="Give --shift SUITE")
+            remedy = "Give --shift SUITE" + ", or --flatness" * (option == "--out")
+            raise RecipeError("there is no shift", where=option, got=given, remedy=remedy)
     if questions is not None:
         if shift is not None:
             raise RecipeError("questions know no shift", where="--shift", got=shift, remedy="Leave one out")

@@ -22,6 +22,7 @@ FILE = "flatness.json"
 FIGURES = {"loss": "Loss", "sharpness": "Sharpness", "top_eigenvalue": "Top eigenvalue"}
 MODELS = {"float": "Float", "quantized": "Quantized", "uniform": "Uniform competitor"}
 WIDE = 10.0  # factor between the least and the greatest loss from which colour is logarithmic
+SHADES = 1e4  # the palest shade stands for this much less than the greatest loss, and for all below
 SIDE, LEFT, TOP, BELOW = 300.0, 48.0, 8.0, 44.0  # of a map, and the room for its axes
 STYLE = """
 .surfaces { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(280px,100%),1fr)); gap:8px 34px;
@@ -86,7 +87,7 @@ def _is_whole(found: Mapping[str, Any]) -> bool:
         if any(len(row) != len(surface) or not all(map(_is_figure, row)) for row in surface):
             return False
         sizes.add(len(surface))
-    return len(sizes) == 1 and sizes != {1}
+    return len(sizes) == 1 and all(size == 0 or size % 2 == 1 < size for size in sizes)
 
 
 def _is_figure(value: Any) -> bool:
@@ -167,19 +168,23 @@ def _body(found: Mapping[str, Any]) -> str:
     if not losses:
         return table
     low, high = min(losses), max(losses)
-    logarithmic = low > 0 and high > WIDE * low
-    scale: Callable[[float], float] = math.log if logarithmic else float
-    levels = contour_levels(low, high, logarithmic)
+    logarithmic = 0 <= WIDE * low < high
+    palest = max(low, high / SHADES) if logarithmic else low
+
+    def scale(loss: float) -> float:
+        return math.log(max(loss, palest)) if logarithmic else loss
+
+    levels = contour_levels(palest, high, logarithmic)
     figures = "".join(
         f"<figure><h3>{MODELS[name]}</h3>"
-        f"{_map(surface, scale, (low, high), levels, float(found['span']), MODELS[name])}</figure>"
+        f"{_map(surface, scale, (palest, high), levels, float(found['span']), MODELS[name])}</figure>"
         for name, surface in surfaces.items()
     )
     lines = f"lines at {words.listing(f'{level:g}' for level in levels)}" if levels else ""
     said = "; ".join(filter(None, ("logarithmic colour" if logarithmic else "", lines)))
     legend = (
-        f'<div class="losses"><span>Loss {number(low)}</span><i></i><span>{number(high)}</span>'
-        f"<span>{page.text(said)}</span></div>"
+        f'<div class="losses"><span>Loss {number(palest)}{" or less" * (palest > low)}</span><i></i>'
+        f"<span>{number(high)}</span><span>{page.text(said)}</span></div>"
     )
     note = page.note(
         f"The loss where all filters move along two random directions, the same ones for each model, by "
@@ -189,14 +194,14 @@ def _body(found: Mapping[str, Any]) -> str:
 
 
 def contour_levels(low: float, high: float, logarithmic: bool) -> list[float]:
-    """Round losses strictly between ``low`` and ``high``, at most eight or so."""
+    """Round losses strictly between ``low`` and ``high``, which are positive where it is logarithmic."""
     if not high > low:
         return []
     if not logarithmic:
         return [level for level in svg.ticks(low, high, 6) if low < level < high]
     tens = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1, 2, 5), (1, 3), (1,)):
-        levels = [round(m * 10.0**ten, 12) for ten in tens for m in factors if low < m * 10.0**ten < high]
+        levels = [level for ten in tens for m in factors if low < (level := float(f"{m}e{ten}")) < high]
         if len(levels) <= 8:
             break
     return levels
