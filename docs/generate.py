@@ -66,6 +66,10 @@ MEANING = {
     "float": "the training of the float baseline: the keys of `train`; what it does not say is taken from there",
     "shift": "the [suite of shifts](shifts.md) that the float and the delivered model are measured under at the end, "
     "or `{suite: ..., severities: [1, 3, 5]}`; a shift's figure is the mean over its severities",
+    "flatness": "whether to measure at the end [how flat](methods/flatness.md#measuring-flatness) the float and the "
+    "quantized model lie, with pictures in the report: `true`, or `{rows: 512, radius: 0.005, points: 11}` with what "
+    "differs of these defaults (training rows, how far sharpness looks, points along each axis of a picture). It takes "
+    "about points² passes through the rows for each model",
     "export": "the files to write, each compared with the trained model; `target: research` has no ONNX file",
     "quantize.weights": "a scheme, see below; weights are per channel unless it says otherwise",
     "quantize.activations": "a scheme for the inputs of all multiplying layers; null leaves them in float",
@@ -224,7 +228,12 @@ Row = tuple[str, str, str]  # key, default, values
 
 def recipe_rows() -> Iterator[Row]:
     suites = f"{choices((*WHOLE, *SUITES))}, or names of shifts joined by commas"
-    values = {"target": choices(TARGETS), "export": choices(EXPORTS), "shift": suites}
+    values = {
+        "target": choices(TARGETS),
+        "export": choices(EXPORTS),
+        "shift": suites,
+        "flatness": "`false`, `true`, or a mapping",
+    }
     shown = {
         "model": "digits_cnn",
         "data": "digits",
@@ -232,6 +241,7 @@ def recipe_rows() -> Iterator[Row]:
         "methods": "[]",
         "target": "native",
         "shift": "default",
+        "flatness": "false",
     }
     for name, field in Recipe.model_fields.items():
         key = field.alias or name
