@@ -215,10 +215,11 @@ def _kept_float(path: Path, recipe: Recipe, factory: str | None) -> nn.Module | 
     return model.eval()
 
 
-def _packed(path: Path, recipe: Recipe, factory: str | None) -> nn.Module:
+def _packed(path: Path, recipe: Recipe, factory: str | None, *, kernels: bool = False) -> nn.Module:
+    """The packed model of a run; without ``kernels`` it repeats the run's own figures to the last bit."""
     if recipe.model.name in MODELS and factory is None:
-        return load_model(path / "model")
-    return load_model(path / "model", into=_float_model(path, recipe, factory))
+        return load_model(path / "model", kernels=kernels)
+    return load_model(path / "model", into=_float_model(path, recipe, factory), kernels=kernels)
 
 
 def _recipe(path: Path) -> Recipe:
