@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -188,8 +189,12 @@ def test_a_loaded_model_answers_alike_with_and_without_kernels(name: str, tmp_pa
     assert not any(isinstance(one, KernelLinear | KernelConv) for one in plain.modules())
     assert all(one._operands is None for one in layers)  # nothing was packed by loading
     got, want = integer(x), plain(x)
-    assert (got.argmax(-1) == want.argmax(-1)).float().mean() > 0.99
-    assert (got - want).abs().max() < 0.05 * want.std()  # a tie of rounding moves an activation by a step
+    apart = (got - want).abs()
+    assert apart.median() < 1e-5 * want.std()
+    apart = apart.amax()
+    assert apart < 0.2 * want.std()  # a tie of rounding moves an activation by a step, and what follows it
+    first, second = want.topk(2).values.unbind(-1)
+    assert ((got.argmax(-1) == want.argmax(-1)) | (first - second < 2 * apart)).all()
     assert any(one._operands is not None for one in layers)
     again = load(save(integer, tmp_path / "again"), kernels=False)
     assert torch.equal(again(x), want)
@@ -239,7 +244,8 @@ def test_forwards_that_integers_cannot_do_are_floats() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(integer(x), present(x))
     assert torch.equal(torch.compile(integer, backend="eager")(x), present(x))
-    with pytest.warns(DeprecationWarning, match="jit"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch.jit
         assert torch.equal(torch.jit.trace(integer, x)(x), present(x))
     assert integer(x[:0]).shape == (0, 6)
     with pytest.raises(RuntimeError, match="shapes"):
