@@ -69,7 +69,7 @@ def anchored(*arguments: Any, **options: Any) -> Contender:
     return Contender(lambda: [WeightAnchor(*arguments, **options)])
 
 
-RADIUS = 0.03  # the default
+RADIUS = 0.01  # the default
 CONTENDERS = {
     "plain": Contender(),
     "twice": Contender(epochs=2.0),

@@ -5,7 +5,8 @@
     python benchmarks/fractional.py --table                        # what has been measured so far
 
 Units, optimizer and learning rates are those of budget_search.py: one seed (for digits also one fold), a float
-model trained first, 20 epochs for every contender (fashion_mnist: 10 epochs on 6,400 images at 14 x 14).
+model trained first, 20 epochs for every contender (fashion_mnist: 10 epochs on 6,400 images at 14 x 14; cifar10: the
+pretrained ResNet-20, 3 epochs on 6,400).
 
     schedule   at once | through fractional widths (the paper's table) | the integer staircase with the same shares
                of the steps; weights alone to 4, 3, 2 bits with activations at 8, and both to 3 and 2
@@ -24,7 +25,7 @@ from typing import Any
 
 import _results
 import torch
-from budget_search import CANDIDATES, Unit
+from budget_search import CANDIDATES, TASKS, Unit
 from torch import nn
 
 from bitsmith.methods.budget_search import BudgetSearch
@@ -227,7 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--task", default="digits_cnn", choices=("digits_cnn", "digits_vit", "fashion_mnist"))
+    parser.add_argument("--task", default="digits_cnn", choices=TASKS)
     parser.add_argument("--parts", default="schedule,widths,rounding")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--averages", default="3,2")

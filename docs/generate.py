@@ -66,6 +66,10 @@ MEANING = {
     "float": "the training of the float baseline: the keys of `train`; what it does not say is taken from there",
     "shift": "the [suite of shifts](shifts.md) that the float and the delivered model are measured under at the end, "
     "or `{suite: ..., severities: [1, 3, 5]}`; a shift's figure is the mean over its severities",
+    "flatness": "whether to measure at the end [how flat](methods/flatness.md#measuring-flatness) the float and the "
+    "quantized model lie, with pictures in the report: `true`, or `{rows: 512, radius: 0.005, points: 11}` with what "
+    "differs of these defaults (training rows, how far sharpness looks, points along each axis of a picture). It takes "
+    "about points² passes through the rows for each model",
     "export": "the files to write, each compared with the trained model; `target: research` has no ONNX file",
     "quantize.weights": "a scheme, see below; weights are per channel unless it says otherwise",
     "quantize.activations": "a scheme for the inputs of all multiplying layers; null leaves them in float",
@@ -90,7 +94,8 @@ MEANING = {
     "scheme.group_size": "values per group, with `granularity: group`; the last of a row may be ragged where the target "
     "holds that",
     "scheme.grid": "which values a code stands for; `auto`: by bit-width and by what calibration sees, never asymmetric "
-    "where the range is dynamic",
+    "where the range is dynamic; `powers_of_two` and `levels` are for weights of 2 to 4 bits: "
+    "[non-uniform grids](non_uniform.md)",
     "scheme.range": "where the scale comes from: learned (`lsq`, `lsq+`, `pact`), from the weights (`dorefa`), as "
     "calibrated (`static`), or from each tensor as it comes (`dynamic`)",
     "scheme.calibration": "where the scale starts",
@@ -100,7 +105,7 @@ MEANING = {
     "train.optimizer": "AdamW, or SGD with momentum",
     "train.learning_rate": "the peak rate",
     "train.weight_decay": "on weights; never on biases, norms and ranges",
-    "train.range_learning_rate_factor": "learned ranges train at `learning_rate` times this",
+    "train.range_learning_rate_factor": "learned ranges and levels train at `learning_rate` times this",
     "train.schedule": "of the learning rate; `wsd` is warm-up, stable, decay",
     "train.warmup": "share of the steps in which the rate rises",
     "train.cooldown": "share of the steps in which `wsd` decays",
@@ -223,7 +228,12 @@ Row = tuple[str, str, str]  # key, default, values
 
 def recipe_rows() -> Iterator[Row]:
     suites = f"{choices((*WHOLE, *SUITES))}, or names of shifts joined by commas"
-    values = {"target": choices(TARGETS), "export": choices(EXPORTS), "shift": suites}
+    values = {
+        "target": choices(TARGETS),
+        "export": choices(EXPORTS),
+        "shift": suites,
+        "flatness": "`false`, `true`, or a mapping",
+    }
     shown = {
         "model": "digits_cnn",
         "data": "digits",
@@ -231,6 +241,7 @@ def recipe_rows() -> Iterator[Row]:
         "methods": "[]",
         "target": "native",
         "shift": "default",
+        "flatness": "false",
     }
     for name, field in Recipe.model_fields.items():
         key = field.alias or name

@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bitsmith.errors import FormatError
+from bitsmith.report import write_report
 from tests.cli.conftest import QUICK, Bitsmith
 
 METRICS = """version seed environment float post_training quantized uniform exported shift cost budget time"""
@@ -170,6 +172,27 @@ def test_evaluate_shows_attacks_and_corruptions_side_by_side_and_writes_a_page(
     assert page.count("data:image/png") == 3 * 6
 
 
+def test_evaluate_measures_flatness(bitsmith: Bitsmith, finished: Path, tmp_path: Path) -> None:
+    arguments = ("evaluate", finished, "--flatness", "--rows", 16)
+    found = json.loads(bitsmith(*arguments, "--radius", 0.1, "--json").out)
+    metrics = json.loads((finished / "metrics.json").read_text())
+    competitor = {"uniform"} if metrics["winner"] == "searched" else set()
+    assert set(found["models"]) == {"float", "quantized"} | competitor
+    assert (found["rows"], found["radius"]) == (16, 0.1)
+    shown = bitsmith(*arguments, "--out", tmp_path / "page.html").out
+    assert "digits: flatness on 16 training images" in shown
+    assert f"{found['models']['quantized']['loss']:.2f}" in shown
+    assert "within 0.5" in shown
+    assert (tmp_path / "page.html").read_text().count('class="surface"') == len(found["models"])
+
+
+def test_a_damaged_flatness_file_is_one_line(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "flatness.json").write_text('{"version": 1}')
+    with pytest.raises(FormatError, match=r"flatness\.json: this flatness file has no figures of its models"):
+        write_report(tmp_path / "run")
+
+
 def test_evaluate_takes_images_of_another_size(bitsmith: Bitsmith, finished: Path, tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (20, 16, 12, 3), dtype=np.uint8)
     labels = np.arange(20) % 10
@@ -189,6 +212,9 @@ def test_evaluate_takes_images_of_another_size(bitsmith: Bitsmith, finished: Pat
         (["--severity", "2"], "--severity: there is no shift"),
         (["--out", "page.html"], "--out: there is no shift"),
         (["--shift", "typos"], "this is a shift of text; got typos for data digits, which are images"),
+        (["--radius", "0.1"], "--radius: flatness is not asked for; got 0.1"),
+        (["--flatness", "--radius", "2"], "this value is out of range; got 2.0"),
+        (["--flatness", "--shift", "noise"], "--shift: this is not of flatness; got noise"),
         (["--shift", "domains"], "this is a suite of images with a left-out domain"),
     ],
 )

@@ -37,6 +37,8 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "widths per channel": {"bits": (2, 3, 4, 8)},
     "one bit": {"bits": 1},
     "static": {"range": "static"},
+    "powers of two": {"grid": "powers_of_two"},
+    "learned levels": {"grid": "levels"},
 }
 
 

@@ -13,7 +13,7 @@ from bitsmith.errors import BudgetError
 from bitsmith.quantization import Plan
 from bitsmith.recipe import job as job_module
 from bitsmith.recipe import load_recipe, run
-from bitsmith.recipe.reopen import export_run
+from bitsmith.recipe.reopen import export_run, flatness_of_run
 from bitsmith.tasks import Data
 
 SETTINGS = (
@@ -91,6 +91,10 @@ def test_the_uniform_plan_is_delivered_where_it_is_better(
     plan = Plan.load(tmp_path / "run" / "plan.json")
     assert plan.bits == metrics["uniform"]["sites"]
     assert metrics["budget"][0]["used"] == metrics["uniform"]["cost"]["bops"]
+    assert set(flatness_of_run(tmp_path / "run", rows=16)["models"]) == {"float", "quantized"}
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps(metrics | {"winner": "searched"}))
+    models = flatness_of_run(tmp_path / "run", rows=16)["models"]
+    assert models["uniform"] == models["quantized"], "the competitor, opened as such and as what is delivered"
     certificate, _ = export_run(tmp_path / "run", ["native"])
     assert certificate["exports"]["native"]["accuracy"] == pytest.approx(metrics["quantized"]["accuracy"])
 

@@ -14,7 +14,7 @@ from bitsmith.errors import DataError, Interrupted
 from bitsmith.files import read_json, save_tensors
 from bitsmith.recipe import Recipe, load_recipe, run
 from bitsmith.recipe.progress import STAGES, Event
-from bitsmith.recipe.reopen import evaluate_run
+from bitsmith.recipe.reopen import evaluate_run, export_run
 from bitsmith.recipe.schema import Shifts
 from bitsmith.tasks.models import build
 
@@ -149,11 +149,17 @@ def test_every_recipe_runs_to_its_end(name: str, tmp_path: Path) -> None:
     overrides = [f"train.epochs={min(1, written.train.epochs)}", *data_for(name, tmp_path)]
     if written.float_train is not None:
         overrides.append("float.epochs=1")
+    if written.flatness is not None or name == "tabular":
+        overrides.append("flatness={rows: 16, points: 3}")
     recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", overrides)
     metrics = run(recipe, tmp_path / "run")
+    assert set(metrics["flatness"]) == (set() if recipe.flatness is None else {"float", "quantized"})
+    assert (tmp_path / "run" / "flatness.json").exists() == (recipe.flatness is not None)
     assert set(metrics["exported"]) == {"native", "onnx"} if "onnx" in recipe.export else {"native"}
     assert all(entry["agreement"] >= 0.995 for entry in metrics["exported"].values())
     assert metrics["cost"]["weight_bytes"] < metrics["cost"]["weight_bytes_float"] / 3
+    if name == "fractional_output":  # widths that the recipe does not say
+        export_run(tmp_path / "run", ["native"])
 
 
 def test_the_callers_random_numbers_and_threads_are_left_alone(recipe: Recipe, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from bitsmith.recipe import Recipe, load_recipe, run
 from bitsmith.recipe.job import read_inputs
 from bitsmith.recipe.predict import predict
 from bitsmith.recipe.progress import Event
-from bitsmith.recipe.reopen import evaluate_run, export_run
+from bitsmith.recipe.reopen import evaluate_run, export_run, flatness_of_run
+from bitsmith.report.flatness import number
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "the <b>quick</b> brown fox & the lazy dog; " * 60
@@ -39,7 +40,7 @@ def events() -> list[Event]:
 
 @pytest.fixture(scope="module")
 def finished(folder: Path, events: list[Event]) -> Path:
-    run(recipe(folder), folder / "run", progress=events.append)
+    run(recipe(folder, "flatness={rows: 8, points: 3}"), folder / "run", progress=events.append)
     return folder / "run"
 
 
@@ -197,3 +198,13 @@ def test_relative_paths_are_meant_from_the_recipe(tmp_path: Path) -> None:
     assert found.data.arguments["tokenizer"] == f"hf:{tmp_path}/recipes/tiny"
     path.write_text("model: hf:some/name\ndata: pydoc\n")
     assert load_recipe(path).model.name == "hf:some/name"  # no folder: a name on a hub
+
+
+def test_flatness_is_that_of_the_models_as_they_were_trained(finished: Path, metrics: dict[str, Any]) -> None:
+    again = flatness_of_run(finished)
+    for name in ("float", "quantized"):
+        assert again["models"][name] == pytest.approx(metrics["flatness"][name])
+    report = (finished / "report.html").read_text()
+    for figure in metrics["flatness"]["quantized"].values():
+        assert f">{number(figure)}</td>" in report
+    assert report.count('class="surface"') == 2

@@ -9,6 +9,7 @@ from bitsmith.errors import BitsmithError, RecipeError
 from bitsmith.recipe import Recipe, load_recipe, parse_recipe
 from bitsmith.recipe.directory import dump
 from bitsmith.recipe.load import DEFAULT, apply_override
+from bitsmith.recipe.schema import Flatness
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -47,6 +48,20 @@ def test_weights_are_quantized_per_channel_unless_said_otherwise() -> None:
     assert parse_recipe({"quantize": {"weights": {"bits": 3}}}).quantize.weights.granularity == "channel"
     spec = parse_recipe({"quantize": {"weights": {"bits": 3, "granularity": "tensor"}}}).quantize
     assert spec.weights.granularity == "tensor"
+
+
+def test_flatness_is_measured_where_it_is_asked_for() -> None:
+    assert parse_recipe({}).flatness is None
+    assert parse_recipe({"flatness": False}).flatness is None
+    assert parse_recipe({"flatness": True}).flatness == Flatness(rows=512, points=11)
+    assert parse_recipe({"flatness": {"rows": 64}}).flatness == Flatness(rows=64)
+    assert load_recipe(None, ["flatness=true", "flatness.points=21"]).flatness == Flatness(points=21)
+    with pytest.raises(BitsmithError, match=r"flatness.points: this value is out of range; got 4.*odd"):
+        parse_recipe({"flatness": {"points": 4}})
+    with pytest.raises(RecipeError, match=r"flatness.row: .*Did you mean rows\?"):
+        parse_recipe({"flatness": {"row": 4}})
+    with pytest.raises(RecipeError, match=r"flatness: this value does not fit; got 'yes'"):
+        parse_recipe({"flatness": "yes"})
 
 
 def test_a_target_without_a_runtime_has_no_onnx_file() -> None:

@@ -11,9 +11,10 @@ from bitsmith.cli.main import main
 from bitsmith.errors import DataError, FormatError
 from bitsmith.recipe import Recipe, load_recipe, run
 from bitsmith.recipe.progress import Event
-from bitsmith.recipe.reopen import evaluate_run, export_run
+from bitsmith.recipe.reopen import evaluate_run, export_run, flatness_of_run
 from bitsmith.recipe.sensitivity import analyse
 from bitsmith.recipe.sweep import sweep
+from bitsmith.report.flatness import number
 from bitsmith.report.masks import read_masks
 from bitsmith.tasks.masks import SHOWN
 
@@ -42,7 +43,8 @@ def events() -> list[Event]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, events: list[Event]) -> Path:
     out = tmp_path_factory.mktemp("segmentation") / "run"
-    run(recipe("export=[native, onnx]", "train.label_smoothing=0.1"), out, progress=events.append)
+    changes = ("export=[native, onnx]", "train.label_smoothing=0.1", "flatness={rows: 8, points: 3}")
+    run(recipe(*changes), out, progress=events.append)
     return out
 
 
@@ -174,3 +176,13 @@ def test_damaged_pictures_are_an_error_of_one_line(tmp_path: Path, finished: Pat
     path.write_bytes(b"nothing")
     with pytest.raises(FormatError, match="these masks are corrupted"):
         read_masks(path)
+
+
+def test_flatness_is_that_of_the_models_as_they_were_trained(finished: Path, metrics: dict[str, Any]) -> None:
+    again = flatness_of_run(finished)
+    for name in ("float", "quantized"):
+        assert again["models"][name] == pytest.approx(metrics["flatness"][name])
+    report = (finished / "report.html").read_text()
+    for figure in metrics["flatness"]["quantized"].values():
+        assert f">{number(figure)}</td>" in report
+    assert report.count('class="surface"') == 2

@@ -136,6 +136,22 @@ def test_the_middle_of_the_surface_is_the_model_and_directions_are_shared():
     assert not torch.allclose(surface, loss_surface(model, batches, points=5, seed=1))
 
 
+def test_a_float_and_a_quantized_model_are_moved_alike():
+    model, batches = small()
+    quantized = copy.deepcopy(model)
+    prepare(quantized, None, Scheme(bits=8, range="dynamic"))  # weights have no range that they could leave
+    float_surface, surface = (loss_surface(m, batches, points=5) for m in (model, quantized))
+    spread = float_surface.max() - float_surface.min()
+    assert 0 < (surface - float_surface).abs().max() < 0.1 * spread
+    assert (surface - loss_surface(model, batches, points=5, seed=1)).abs().max() > 0.2 * spread
+
+
+def test_a_larger_radius_finds_no_less():
+    model, batches = small(3)
+    found = [measure_flatness(model, batches, radius=radius)["sharpness"] for radius in (0.005, 0.05)]
+    assert found[0] == sharpness(model, batches) < found[1]
+
+
 @pytest.mark.parametrize("bits", [None, 2, 4])
 def test_every_weight_has_its_own_bits_afterwards(bits):
     model, batches = small(bits)

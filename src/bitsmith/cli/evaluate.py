@@ -1,4 +1,4 @@
-"""`bitsmith evaluate`: the model of a run on its own or on other data, under shifts, and on questions."""
+"""`bitsmith evaluate`: the model of a run on its own or on other data; under shifts; questions; flatness."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ EXAMPLES = (
     ),
     ("bitsmith evaluate runs/digits --shift noise,pgd --severity 3", "two shifts at one severity"),
     ("bitsmith evaluate runs/digits --data npz:mine.npz", "on your own images, resized"),
+    (
+        "bitsmith evaluate runs/digits --flatness --out flatness.html",
+        "how flat its minimum is, with pictures",
+    ),
     ("bitsmith evaluate runs/language --questions arc.jsonl", "how many questions a language model answers"),
 )
 LANGUAGE = ("loss", "perplexity", "bits_per_byte")
@@ -45,7 +49,9 @@ def command(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.html", help="Also write a page with pictures and curves of the shifts."),
+        typer.Option(
+            metavar="FILE.html", help="Also write a page with pictures of the shifts, or of flatness."
+        ),
     ] = None,
     questions: Annotated[
         Path | None,
@@ -58,16 +64,53 @@ def command(
     limit: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Ask the first N alone.", show_default=False)
     ] = None,
+    flatness: Annotated[
+        bool,
+        typer.Option(
+            "--flatness",
+            help="Sharpness, top Hessian eigenvalue and loss of the models as they were trained.",
+        ),
+    ] = False,
+    radius: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="How far sharpness looks, a share of every tensor's norm. Default: as the run, 0.005.",
+            show_default=False,
+        ),
+    ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Training rows that flatness is measured on. Default: as the run, 512.",
+            show_default=False,
+        ),
+    ] = None,
     model: OwnModel = None,
     json: Json = False,
 ) -> None:
-    """Measure the packed model of a run on its test split, or on yours; under shifts; on questions."""
+    """Measure the model of a run on its test split, or on yours; under shifts; on questions; its flatness."""
     from bitsmith.errors import RecipeError
-    from bitsmith.recipe.reopen import ask_run, evaluate_run
+    from bitsmith.recipe.reopen import ask_run, evaluate_run, flatness_of_run
 
-    for option, value in (("--severity", severity), ("--out", out)):
-        if value and shift is None:
-            raise RecipeError("there is no shift", where=option, got=value, remedy="Give --shift SUITE")
+    for option, value in (("--radius", radius), ("--rows", rows)):
+        if value is not None and not flatness:
+            raise RecipeError("flatness is not asked for", where=option, got=value, remedy="Give --flatness")
+    if flatness:
+        others = {"--shift": shift, "--severity": severity, "--questions": questions, "--limit": limit}
+        for option, other in others.items():
+            if other:
+                remedy = "Leave one out"
+                raise RecipeError("this is not of flatness", where=option, got=other, remedy=remedy)
+        flat = flatness_of_run(run, radius=radius, rows=rows, data=data, page=out, factory=model)
+        print_json(flat) if json else _show_flatness(flat, out)
+        return
+    for option, given in (("--severity", severity), ("--out", out)):
+        if given and shift is None:
+            remedy = "Give --shift SUITE" + ", or --flatness" * (option == "--out")
+            raise RecipeError("there is no shift", where=option, got=given, remedy=remedy)
     if questions is not None:
         if shift is not None:
             raise RecipeError("questions know no shift", where="--shift", got=shift, remedy="Leave one out")
@@ -126,6 +169,22 @@ def _show_shifts(result: dict[str, Any]) -> None:
         notes.append("this run has not kept its float model")
     caption = "; ".join(notes)
     output().print(table(f"{_title(result)}: {measured(found)}", columns, cells, caption=caption))
+
+
+def _show_flatness(found: dict[str, Any], page: Path | None) -> None:
+    """A row for each model."""
+    from bitsmith.report.flatness import explained, rows
+
+    columns, cells = rows(found)
+    notes = [explained(found)]
+    if "float" not in found["models"]:
+        notes.append("this run has not kept its float model")
+    title = f"{found['data']}: flatness on {found['rows']} training {found['unit']}"
+    lower = [column.lower() for column in columns]
+    output().print(table(title, lower, [[row[0].lower(), *row[1:]] for row in cells]))
+    output().print("; ".join(notes))
+    if page is not None:
+        output().print(f"Page {page}")
 
 
 def _show_answers(asked: dict[str, Any]) -> None:

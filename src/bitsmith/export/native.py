@@ -1,9 +1,10 @@
 """Native: a packed model as a folder of two files that any Bitsmith loads, without training code.
 
     model.safetensors   every buffer of the packed model under its qualified name: codes at their true width,
-                        scales, zero points (of a weight at the width of its codes), biases, what stayed in
-                        float; a tied weight once. Where output channels have widths of their own, those of
-                        the least width come first in the codes
+                        scales, zero points (of a weight at the width of its codes), the levels that codes of
+                        a non-uniform grid index, biases, what stayed in float; a tied weight once. Where
+                        output channels have widths of their own, those of the least width come first in the
+                        codes
     config.json         {"format": "bitsmith", "version": 1, "model": {"name", "arguments"} | null,
                          "layers": {name: {"kind", "weight", "input" | "left" | "right", "geometry",
                                            "transposed"}},
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from bitsmith.errors import BitsmithError, FormatError
 from bitsmith.files import load_tensors, read_json, save_tensors, write_atomic
 from bitsmith.numerics.blocks import GRANULARITIES, group_count
-from bitsmith.numerics.grid import GRIDS
+from bitsmith.numerics.grid import GRIDS, TABLES
 from bitsmith.numerics.pack import packed_size
 from bitsmith.quantization.bits import in_words
 from bitsmith.quantization.integer_layers import (
@@ -319,7 +320,21 @@ def _weight(
             zero_point = tensors[f"{site}.zero_point"] = pack_codes(zero_point, form)
         if zero_point.dtype != torch.uint8 or zero_point.numel() != _size(form, scale.numel()):
             raise ValueError(f"{site} has {zero_point.numel()} bytes of zero points")
-    return PackedWeight(codes, form, scale, zero_point)
+    levels = _levels(site, form, tensors)
+    weight = PackedWeight(codes, form, scale, zero_point, levels)
+    if levels is not None and int(weight.integers().max()) >= len(levels):  # forward would look them up
+        raise ValueError(f"{site} has codes beyond its {len(levels)} levels")
+    return weight
+
+
+def _levels(site: str, form: Form, tensors: dict[str, Tensor]) -> Tensor | None:
+    if form.grid not in TABLES:
+        return None
+    (bits, (_, high, _), _), *_ = form.runs
+    levels = _floats(f"{site}.levels", tensors)
+    if levels.shape != (high + 1,):
+        raise ValueError(f"{site} has {levels.numel()} levels, which are not those of {bits} bits")
+    return levels
 
 
 def _size(form: Form, count: int) -> int:
@@ -346,7 +361,11 @@ def _form(site: str, entry: dict[str, Any]) -> Form:
     grids = form.grid if isinstance(form.grid, tuple) else (form.grid,)
     if len(grids) not in (1, len(set(widths))) or (len(widths) > 1 and form.shape is None):
         raise ValueError(f"{site} has {len(grids)} grids for {len(set(widths))} widths")
-    if not set(grids) <= set(GRIDS) or form.granularity not in GRANULARITIES or type(form.axis) is not int:
+    if (
+        not set(grids) <= {*GRIDS, *TABLES}
+        or form.granularity not in GRANULARITIES
+        or type(form.axis) is not int
+    ):
         raise ValueError(f"{site} is of an unknown kind: {form}")
     if (form.granularity == "group") != (form.group_size is not None):
         raise ValueError(f"{site} has groups without a size, or a size without groups")

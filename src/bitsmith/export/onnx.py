@@ -5,7 +5,8 @@ that only carries its site's name; export.onnx_nodes then writes the placeholder
 So stored codes never pass through a float, and no constant folding can touch them. The usual way (fake
 quantization translated operator by operator, constants repacked afterwards) has to find the weights again.
 
-    weight       DequantizeLinear(INT2 | INT4 | INT8), per tensor, channel or block; `seq`: + scale/2
+    weight       DequantizeLinear(INT2 | INT4 | INT8), per tensor, channel or block; `seq`: + scale/2;
+                 a table of levels: Cast(UINT2 | UINT4) -> Gather(levels) -> Mul(scale)
     activation   QuantizeLinear -> DequantizeLinear (uint8 or int8) -> Clip to the grid's ends
     layer        Conv or Gemm without bias, then Add
 

@@ -112,7 +112,10 @@ def _quantizer_nodes(graph: Any, site: str, q: Any, x: str, y: str) -> list[Any]
 
 
 def _weight_nodes(graph: Any, site: str, w: Any) -> list[Any]:
-    """DequantizeLinear of the packed codes, by tensor, channel (axis 0) or blocks of a row (axis 1)."""
+    """DequantizeLinear of the packed codes, by tensor, channel (axis 0) or blocks of a row (axis 1); of codes
+    that index a table of levels, a lookup."""
+    if w.levels is not None:
+        return _table_nodes(graph, site, w)
     onnx, form = onnx_package(), w.form
     low, half = min(low for _, (low, _, _), _ in form.runs), w.half_step()
     rows, length = w.shape[0], math.prod(w.shape[1:])
@@ -145,16 +148,53 @@ def _weight_nodes(graph: Any, site: str, w: Any) -> list[Any]:
         offset, grouped = f"{site}.offset", form.granularity == "group"
         _add_once(graph, offset, ((scale if grouped else w.scale) * half).numpy())
         if grouped:  # (rows, groups) -> (rows, length)
-            _add_once(graph, f"{site}.group", np.arange(length) // form.group_size)
-            aside.append(onnx.helper.make_node("Gather", [offset, f"{site}.group"], [f"{offset}s"], axis=1))
+            aside.append(_by_value(graph, site, offset, length, form.group_size))
         chain.append(onnx.helper.make_node("Add", ["", f"{offset}s" if grouped else offset], [""]))
     if shape != tuple(w.shape):
         _add_once(graph, f"{site}.shape", np.array(w.shape, np.int64))
         chain.append(onnx.helper.make_node("Reshape", ["", f"{site}.shape"], [""]))
+    return aside + _linked(chain, site)
+
+
+def _table_nodes(graph: Any, site: str, w: Any) -> list[Any]:
+    """Cast of the packed codes to indices -> Gather from the levels -> Mul by the scale."""
+    onnx, form = onnx_package(), w.form
+    container = 2 if form.bits <= 2 else 4
+    kind = getattr(onnx.TensorProto, f"UINT{container}")
+    rows, grouped = w.shape[0], form.granularity == "group"
+    codes = w.integers().view(rows, -1) if grouped else w.integers()
+    graph.initializer.append(_integers(f"{site}.codes", codes, kind, container))
+    _add_once(graph, f"{site}.levels", w.levels.numpy())
+    _add_once(graph, f"{site}.scale", (w.scale.view(rows, -1) if grouped else w.scale).numpy())
+    aside, chain = (
+        [],
+        [
+            onnx.helper.make_node("Cast", [f"{site}.codes"], [""], to=onnx.TensorProto.INT32),
+            onnx.helper.make_node("Gather", [f"{site}.levels", ""], [""]),
+            onnx.helper.make_node("Mul", ["", f"{site}.scales" if grouped else f"{site}.scale"], [""]),
+        ],
+    )
+    if grouped:  # (rows, groups) -> (rows, length)
+        aside = [_by_value(graph, site, f"{site}.scale", codes.shape[1], form.group_size)]
+    if codes.shape != w.shape:
+        _add_once(graph, f"{site}.shape", np.array(w.shape, np.int64))
+        chain.append(onnx.helper.make_node("Reshape", ["", f"{site}.shape"], [""]))
+    return aside + _linked(chain, site)
+
+
+def _by_value(graph: Any, site: str, name: str, length: int, group_size: int) -> Any:
+    """The node that spreads ``name`` (rows, groups) over the values of a row: ``name``s (rows, length)."""
+    _add_once(graph, f"{site}.group", np.arange(length) // group_size)
+    return onnx_package().helper.make_node("Gather", [name, f"{site}.group"], [f"{name}s"], axis=1)
+
+
+def _linked(chain: list[Any], site: str) -> list[Any]:
+    """The nodes of ``chain``, each on what the one before made; the last makes ``site``."""
     for i, (before, after) in enumerate(pairwise(chain)):
-        before.output[0] = after.input[0] = f"{site}.{i}"
+        before.output[0] = f"{site}.{i}"
+        after.input[list(after.input).index("")] = f"{site}.{i}"
     chain[-1].output[0] = site
-    return aside + chain
+    return chain
 
 
 def _integers(name: str, values: Tensor, kind: int, container: int) -> Any:

@@ -23,11 +23,13 @@ Array = np.ndarray[Any, Any]
 @dataclass(frozen=True)
 class StoredSite:
     """What a file holds of one site; codes flat (weights only), in the order of the weight's elements.
+    levels: what the codes of a non-uniform grid index.
     container: bits that each code takes, where all take the same."""
 
     codes: Array | None = None
     scale: Array | None = None
     zero_point: Array | None = None
+    levels: Array | None = None
     container: int | None = None
 
 
@@ -69,7 +71,7 @@ def _native_site(site: str, form: dict[str, Any], header: dict[str, Any], body: 
         if zero_point is not None and one == "u1":
             rows = form["shape"][0] if scale.size > 1 else 1
             zero_point = _codes(zero_point, [rows, scale.size // rows], form).astype(np.float32)
-    return StoredSite(_codes(stored, form["shape"], form), scale, zero_point)
+    return StoredSite(_codes(stored, form["shape"], form), scale, zero_point, tensor("levels", "<f4"))
 
 
 def _codes(stored: Array, shape: list[int], form: dict[str, Any]) -> Array:
@@ -82,7 +84,8 @@ def _codes(stored: Array, shape: list[int], form: dict[str, Any]) -> Array:
         at = each == width
         end = start + codes[at].size * width
         half = 2 ** (width - 1)
-        lowest = {"unsigned": 0, "asymmetric": 0, "balanced": 1 - half}.get(str(grid), -half)
+        from_zero = dict.fromkeys(("unsigned", "asymmetric", "powers_of_two", "levels"), 0)
+        lowest = {**from_zero, "balanced": 1 - half}.get(str(grid), -half)
         values = stream[start:end].reshape(-1, width).astype(np.int64) @ (1 << np.arange(width)) + lowest
         codes[at] = values.reshape(codes[at].shape)
         start = end
@@ -102,9 +105,10 @@ def read_onnx(path: Path) -> dict[str, StoredSite]:
     found: dict[str, dict[str, Any]] = {}
     for initializer in graph.initializer:
         site, _, part = initializer.name.rpartition(".")
-        if part in ("codes", "scale", "zero_point"):
+        if part in ("codes", "scale", "zero_point", "levels"):
             array = onnx.numpy_helper.to_array(initializer).reshape(-1)
-            found.setdefault(site, {})[part] = array.astype(np.float32 if part == "scale" else np.int64)
+            kind = np.float32 if part in ("scale", "levels") else np.int64
+            found.setdefault(site, {})[part] = array.astype(kind)
             if part == "codes":  # INT2, UINT4, ...
                 found[site]["container"] = int(
                     onnx.TensorProto.DataType.Name(initializer.data_type).lstrip("UINT")

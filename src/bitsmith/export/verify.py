@@ -116,8 +116,8 @@ def _check_stored(
             _equal(name, "codes", found.codes, want)
             if found.container is not None and found.container > mean_width(site.form.bits):
                 wider[name] = f"{in_words(site.form.bits)} bits in {found.container}"
-        for part in ("scale", "zero_point"):
-            tensor = getattr(site, part)
+        for part in ("scale", "zero_point", "levels"):
+            tensor = getattr(site, part, None)  # activations have no levels
             if part == "zero_point" and isinstance(site, PackedWeight):
                 tensor = site.zero_points()
             values = getattr(found, part)
@@ -125,7 +125,9 @@ def _check_stored(
                 tensor = torch.zeros(values.shape)  # a runtime may want the zeros that we do not store
             # In ONNX an activation that is not per tensor is plain operators: its layer's output is compared.
             if tensor is not None and (values is not None or isinstance(site, PackedWeight)):
-                _equal(name, part.replace("_", " ") + "s", values, tensor.numpy().reshape(-1))
+                _equal(
+                    name, part.replace("_", " ").removesuffix("s") + "s", values, tensor.numpy().reshape(-1)
+                )
     entry["codes_equal"], entry["codes"], entry["wider_containers"] = True, count, wider
 
 

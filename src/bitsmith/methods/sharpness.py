@@ -84,7 +84,7 @@ class Sharpness(Method):
 
     def __init__(
         self,
-        radius: float = 0.03,
+        radius: float = 0.01,
         *,
         kind: str = "sam",
         relative_to: str | None = "model",

@@ -14,6 +14,11 @@ and two bits. With half = 1/2 its codes stay ordinary integers, so that packing 
 prints the same levels as multiples of a = 2^(b-1) * scale. Symmetric grids of one bit would be {-1, 0}: use
 `seq`, whose one-bit form is sign(w) * scale / 2.
 
+Two grids are not affine: their codes index a table of levels (numerics.levels), from 2 to 4 bits:
+
+    powers_of_two  0            2^b - 2        value: scale * table[c], the table 0 and +-2^-k
+    levels         0            2^b - 1        value: scale * table[c], the table learned
+
 A fractional b (FraQAT, 2510.14823) puts the whole number below 2^(b-1), or 2^b, in their places: symmetric
 5.5 bits are -22 .. 21. The paper divides max|W| by 2^(b-1) - 1 even where that is no integer; here the range
 ends on a level.
@@ -21,16 +26,20 @@ ends on a level.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 ROUNDING = 1e-9  # 2 ** log2(n) may come out below n
 
-Grid = Literal["symmetric", "balanced", "seq", "unsigned", "asymmetric"]
-GRIDS: tuple[str, ...] = get_args(Grid)
+Affine = Literal["symmetric", "balanced", "seq", "unsigned", "asymmetric"]
+Table = Literal["powers_of_two", "levels"]
+Grid = Affine | Table
+GRIDS: tuple[str, ...] = get_args(Affine)
+TABLES: tuple[str, ...] = get_args(Table)
+TABLE_BITS = (2, 3, 4)  # at 5 bits powers of two end at 2^-14, and a uniform grid has 32 levels to place
 
 
 def bounds(grid: Grid, bits: float) -> tuple[int, int, float]:
-    """(low, high, half) of ``grid`` at ``bits`` from 1 to 8."""
+    """(low, high, half) of ``grid`` at ``bits`` from 1 to 8; of a table from 2 to 4."""
     positive = int(2 ** (bits - 1) + ROUNDING) - 1
     match grid:
         case "symmetric":
@@ -41,4 +50,11 @@ def bounds(grid: Grid, bits: float) -> tuple[int, int, float]:
             return -positive - 1, positive, 0.5
         case "unsigned" | "asymmetric":
             return 0, int(2**bits + ROUNDING) - 1, 0.0
-    raise ValueError(f"grid {grid!r} is not one of {GRIDS}")
+        case "powers_of_two" | "levels" if bits in TABLE_BITS:
+            return 0, int(level_count(grid, bits)) - 1, 0.0
+    raise ValueError(f"grid {grid!r} is not one of {(*GRIDS, *TABLES)}, or has no width of {bits} bits")
+
+
+def level_count(grid: str, bits: Any) -> Any:
+    """Entries of the table of a grid in TABLES; a tensor for a tensor of expected bits."""
+    return 2**bits - (grid == "powers_of_two")

@@ -179,7 +179,8 @@ def grid_of(quantizer: Quantizer, weight: Tensor) -> Grid:
             return groups.repeat_interleave(quantizer.scheme.group_size, 1)[:, :inputs]
         return value.reshape(-1, 1)
 
-    return Grid(*(by_column(v) for v in (at.scale, at.low, at.high, at.half, at.zero_point)))
+    ranged = Grid(*(by_column(v) for v in (at.scale, at.low, at.high, at.half, at.zero_point)))
+    return ranged._replace(table=at.table)
 
 
 def checked_structure(

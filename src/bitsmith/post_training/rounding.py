@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from bitsmith.errors import DataError
-from bitsmith.numerics import affine
+from bitsmith.numerics import affine, levels
 
 BLOCK = 128  # columns whose updates of the rest are done at once
 
@@ -41,7 +41,8 @@ BLOCK = 128  # columns whose updates of the rest are done at once
 class Grid(NamedTuple):
     """The grid of a weight (out, in): every field is a number or broadcasts against (out, in).
 
-    The value of a code c, an integer from low to high, is scale * (c - zero_point + half).
+    The value of a code c, an integer from low to high, is scale * (c - zero_point + half); with a table
+    (levels,) it is scale * table[c].
     """
 
     scale: Tensor
@@ -49,6 +50,7 @@ class Grid(NamedTuple):
     high: Any
     half: Any = 0.0
     zero_point: Any = 0.0
+    table: Any = None
 
     def columns(self, which: Any) -> Grid:
         """The grid of some columns, by an index or a slice of them."""
@@ -58,6 +60,8 @@ class Grid(NamedTuple):
 
     def nearest(self, values: Tensor) -> Tensor:
         """The values (out, in) on the grid."""
+        if self.table is not None:
+            return levels.dequantize(levels.quantize(values, self.scale, self.table), self.scale, self.table)
         codes = affine.quantize(values, self.scale, self.low, self.high, self.half, self.zero_point)
         return affine.dequantize(codes, self.scale, self.half, self.zero_point)
 

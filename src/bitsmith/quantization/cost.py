@@ -1,9 +1,9 @@
 """cost: from the bits of all sites to bit operations, bytes and average bits.
 
 One model of the cost serves searching (bits may be tensors: every figure is differentiable) and reporting
-(bits are integers: every figure is exact). It counts everything: scales, zero points, padding to whole bytes,
-biases (also those that folding a BatchNorm leaves behind), float leftovers. Plan bytes are the payload bytes
-of the file.
+(bits are integers: every figure is exact). It counts everything: scales, zero points, tables of levels,
+padding to whole bytes, biases (also those that folding a BatchNorm leaves behind), float leftovers. Plan
+bytes are the payload bytes of the file.
 
     BOPs = sum over layers of MACs * bits of one operand * bits of the other; a float operand counts 32
 """
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitsmith.numerics.grid import level_count
 from bitsmith.quantization.bits import Width
 from bitsmith.quantization.layers import SWAPS_BY_QUANT, QuantMatMul, weight_of
 from bitsmith.quantization.liveness import Liveness, liveness
@@ -62,6 +63,7 @@ class LayerCost:
     operands: the names of its two sites (sites that stay in float have no quantizer and count 32 bits); of an
     embedding, which multiplies nothing, the second is "".
     weight_elements, weight_scales, weight_zero_points: 0 for a MatMul, and for a tied weight the second time.
+    weight_table: the grid, where it is a table of levels (numerics.grid.TABLES), else "".
     activation_elements: site -> elements of the tensor. activation_scales: site -> scales and zero points
     that the file has of it, unless it is in float. part_of: the MACs of the whole layer, where this is the
     part of one group of its output channels (channel_groups).
@@ -79,6 +81,7 @@ class LayerCost:
     weight_shape: tuple[int, ...] = ()
     part_of: int = 0
     activation_scales: Mapping[str, int] = field(default_factory=dict)
+    weight_table: str = ""
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -144,12 +147,14 @@ class CostModel:
         return FLOAT_BYTES * sum(count for site, count in counts if not is_float(bits.get(site, FLOAT)))
 
     def layer_bytes(self, layer: LayerCost, bits: Bits) -> Any:
-        """Bytes of a layer's weight, scales, zero points and bias."""
+        """Bytes of a layer's weight, scales, zero points, table of levels and bias."""
         width = bits.get(layer.operands[0], FLOAT) if layer.weight_elements else FLOAT
-        fixed: float = FLOAT_BYTES * layer.bias_elements
+        fixed: Any = FLOAT_BYTES * layer.bias_elements
         if is_float(width):
             return fixed + FLOAT_BYTES * layer.weight_elements
         fixed += FLOAT_BYTES * layer.weight_scales
+        if layer.weight_table:
+            fixed = fixed + FLOAT_BYTES * level_count(layer.weight_table, width)
         if not is_whole(width):
             return fixed + times(layer.weight_elements + layer.weight_zero_points, width) / 8
         width = int(width) if isinstance(width, float) else width
@@ -222,6 +227,7 @@ def measure(model: nn.Module, example: Any, target: str | Target | None = None) 
         second = others[0] if others else ""
         operands, shape = (first, second), torch.Size()
         elements = scales = zero_points = bias = 0
+        table = ""
         if not isinstance(layer, QuantMatMul):
             shape = weight_of(layer).shape
             has_bias = getattr(layer, "bias", None) is not None
@@ -235,6 +241,7 @@ def measure(model: nn.Module, example: Any, target: str | Target | None = None) 
                 if quantizer is not None:
                     scales = quantizer.range.shape[1]
                     zero_points = scales if quantizer.has_zero_point() else 0
+                    table = quantizer.scheme.grid if quantizer.table is not None else ""
         layers.append(
             LayerCost(
                 entry.name,
@@ -248,6 +255,7 @@ def measure(model: nn.Module, example: Any, target: str | Target | None = None) 
                 entry.operands,
                 tuple(shape),
                 activation_scales={s: _stored(quantizers[s]) for s in entry.operands if s in quantizers},
+                weight_table=table,
             )
         )
     own = {id(t) for q in quantizers.values() for t in (*q.parameters(), *q.buffers())}

@@ -102,7 +102,8 @@ def pack_weight(
     if form.group_size is not None:
         codes = from_groups(codes, weight, flatten=True)
     stored = zero_point if quantizer.has_zero_point() else None
-    return PackedWeight.from_codes(codes, form, _times(scale, factor, scale.ndim), stored)
+    levels = quantizer.levels().table
+    return PackedWeight.from_codes(codes, form, _times(scale, factor, scale.ndim), stored, levels)
 
 
 def freeze(quantizer: Quantizer | None) -> FrozenQuantizer | None:

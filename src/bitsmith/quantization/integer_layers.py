@@ -2,10 +2,10 @@
 
 Buffers only, no parameters and no training code: weight codes and their zero points at their true width
 (numerics.pack), scales, float biases, and activation quantizers frozen to their numbers. A buffer's name is
-its site's name plus `.codes`, `.scale` or `.zero_point`. Forward dequantizes the weight and calls the same
-float operator as training, with the same numerics; so it equals the trained forward bit for bit (BatchNorm
-folding aside). Weights are unpacked anew in every forward: that keeps the memory small, and costs a pass over
-the weights; of an embedding only the rows that are looked up.
+its site's name plus `.codes`, `.scale`, `.zero_point` or `.levels`. Forward dequantizes the weight and calls
+the same float operator as training, with the same numerics; so it equals the trained forward bit for bit
+(BatchNorm folding aside). Weights are unpacked anew in every forward: that keeps the memory small, and costs
+a pass over the weights; of an embedding only the rows that are looked up.
 Making these layers from trained ones lives in finalize, from a file in export.native.
 """
 
@@ -82,8 +82,16 @@ class PackedWeight(nn.Module):
     codes: Tensor  # uint8, numerics.pack
     scale: Tensor  # float32, broadcasts against the weight's blocks
     zero_point: Tensor | None  # uint8, one for each scale, packed like the codes and at their width
+    levels: Tensor | None  # float32 (n,), of a grid that is a table: what the codes index
 
-    def __init__(self, codes: Tensor, form: Form, scale: Tensor, zero_point: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        codes: Tensor,
+        form: Form,
+        scale: Tensor,
+        zero_point: Tensor | None = None,
+        levels: Tensor | None = None,
+    ) -> None:
         """``codes``: packed bytes of ``form.shape`` stored codes; ``zero_point``: of as many as scales."""
         super().__init__()
         assert form.shape is not None
@@ -91,13 +99,21 @@ class PackedWeight(nn.Module):
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)
+        self.register_buffer("levels", levels)
 
     @classmethod
-    def from_codes(cls, codes: Tensor, form: Form, scale: Tensor, zero_point: Tensor | None) -> PackedWeight:
+    def from_codes(
+        cls,
+        codes: Tensor,
+        form: Form,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        levels: Tensor | None = None,
+    ) -> PackedWeight:
         """Pack integer codes of the weight's shape, and zero points of the scale's, the channels of the least
         width first."""
         zero_points = None if zero_point is None else pack_codes(zero_point, form)
-        return cls(pack_codes(codes, form), form, scale, zero_points)
+        return cls(pack_codes(codes, form), form, scale, zero_points, levels)
 
     def integers(self) -> Tensor:
         """The stored codes, int16 in the weight's shape."""
@@ -166,7 +182,7 @@ class PackedWeight(nn.Module):
         self, codes: Tensor, scale: Tensor, half: Tensor | float, zero_points: Tensor | None
     ) -> Tensor:
         zero_point = 0.0 if zero_points is None else zero_points
-        codes = codes.float()
+        codes = codes.float() if self.levels is None else self.levels[codes.long()]
         if self.form.group_size is None:
             return dequantize(codes, scale, half, zero_point)
         blocks = to_groups(codes, self.form.group_size, flatten=True)

@@ -25,7 +25,8 @@ class Levels(NamedTuple):
     """The row in play, ready to be stored: tensors broadcast against the blocks of x.
 
     A stored code c (low <= c <= high, integer) has the value scale * (c - zero_point + half). Where
-    channels have widths of their own, low, high and half are tensors.
+    channels have widths of their own, low, high and half are tensors. With a table (levels,), ascending, the
+    value is scale * table[c].
     """
 
     bits: Width
@@ -34,6 +35,7 @@ class Levels(NamedTuple):
     low: Any
     high: Any
     half: Any
+    table: Tensor | None = None
 
 
 def bounds(grid: str, bits: float) -> tuple[int, int, float]:

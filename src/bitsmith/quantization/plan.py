@@ -171,7 +171,7 @@ def _planned(quantizer: Quantizer, bits: Width | None) -> PlannedSite:
         granularity=quantizer.scheme.granularity,
         group_size=quantizer.scheme.group_size,
         symmetric=not grids & {"unsigned", "asymmetric"},
-        signed=bool((torch.as_tensor(at.low) < 0).any()),
+        signed=at.table is not None or bool((torch.as_tensor(at.low) < 0).any()),
     )
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from bitsmith.errors import SchemeError, SiteError, listing, nearest
 from bitsmith.numerics.blocks import group_count
+from bitsmith.numerics.grid import TABLE_BITS, TABLES
 from bitsmith.quantization.coverage import Coverage, coverage
 from bitsmith.quantization.layers import (
     CONVOLUTIONS,
@@ -48,9 +49,9 @@ def prepare(
 
     weights, activations: the scheme of every weight and of every input of a multiplying layer; None leaves
     them in float. overrides: glob on site names -> fields of Scheme, the last match wins; they also free the
-    first and the last layer, which otherwise get ``first_last_bits`` (None: no such rule). check_pairs: False
-    where a search decides the widths, which then has to find pairs that the target multiplies. Activations
-    need `calibrate` before the first forward.
+    first and the last layer, which otherwise get ``first_last_bits`` (None: no such rule), on grid auto where
+    a table of levels has no such width. check_pairs: False where a search decides the widths, which then has
+    to find pairs that the target multiplies. Activations need `calibrate` before the first forward.
 
     swaps: more float classes and the quantized class of each: ``{Conv1D: QuantTransposedLinear}`` for the
     linear layers of transformers' GPT-2, which keep their weight as (in, out), or ``{MyLinear: QuantLinear}``
@@ -178,7 +179,9 @@ def _schemes(
     for operand in operands:
         scheme = weights if operand.kind == "weight" else activations
         if first_last_bits and scheme is not None and not scheme.is_float and operand.layer in ends:
-            schemes[operand.site] = scheme.replace(operand.site, bits=first_last_bits)
+            table = scheme.grid in TABLES and first_last_bits not in TABLE_BITS
+            grid = "auto" if table else scheme.grid
+            schemes[operand.site] = scheme.replace(operand.site, bits=first_last_bits, grid=grid)
             pinned.add(operand.site)
         else:
             schemes.setdefault(operand.site, scheme)
@@ -204,6 +207,7 @@ def _schemes(
 def _quantizer(operand: Operand, scheme: Scheme, target: Target) -> Quantizer:
     """The quantizer of one operand, its number of scales and their shape."""
     name, kind = operand.site, operand.kind
+    scheme.check_kind(kind, name)
     if kind == "activation":
         if scheme.granularity == "channel":
             if operand.swap is QuantMatMul:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitsmith.errors import SiteError
-from bitsmith.numerics import affine, blocks
+from bitsmith.numerics import affine, blocks, levels
 from bitsmith.numerics.calibrate import dorefa, range_of
 from bitsmith.numerics.mixture import fake_quantize_mixture
 from bitsmith.quantization.bits import FixedBits
@@ -99,6 +99,9 @@ class Quantizer(Rows):
         elif self.view != (1,):
             base_scale, exponent = base_scale.view(self.view), exponent.view(self.view)  # type: ignore[union-attr]
             low, high = low.view(self.view), high.view(self.view)
+        count = max((v[0].numel() if self.kind == "activation" else v.numel()) // scales, 1)
+        if self.table is not None:
+            return self._at_level(v, row, base_scale, exponent, high, count, share)
         return affine.fake_quantize(
             v,
             base_scale,
@@ -109,8 +112,34 @@ class Quantizer(Rows):
             exponent=exponent,
             estimator=scheme.estimator,
             clip_only=scheme.range == "pact",
-            count=max((v[0].numel() if self.kind == "activation" else v.numel()) // scales, 1),
+            count=count,
             seed=self.seed if self.training else None,
+            share=share,
+        )
+
+    def _at_level(
+        self,
+        v: Tensor,
+        row: Tensor,
+        base_scale: Tensor,
+        exponent: Tensor | None,
+        high: Tensor,
+        count: int,
+        share: Tensor | None,
+    ) -> Tensor:
+        """v at the table of levels of one row, (1,), with what `_at` found of it."""
+        assert self.table is not None
+        table, top = self.table.index_select(0, row), high.view(-1)[:1]
+        if self.table_shift is not None:
+            table = table + self.table_shift.index_select(0, row)
+        return levels.fake_quantize(
+            v,
+            base_scale,
+            levels.ordered(table[0], top),
+            top,
+            exponent=exponent,
+            estimator=self.scheme.estimator,
+            count=count,
             share=share,
         )
 
@@ -150,6 +179,7 @@ class Quantizer(Rows):
         scheme, count = self.scheme, rows.shape[0]
         shares = share.view(count, *(self.view if share.ndim > 1 else (1,)))
         plain = scheme.estimator == "clipped" and scheme.range in ("lsq", "static", "pact")
+        plain = plain and self.table is None
         if not plain:
             parts = [shares[i] * self._at(v, rows[i : i + 1], None, of) for i in range(count)]
             return torch.stack(parts).sum(0)
@@ -220,6 +250,8 @@ class Quantizer(Rows):
     def codes(self, x: Tensor) -> Tensor:
         """Stored codes of x at the row in play, int16, in the shape of x's blocks (with groups: by group)."""
         at, (scale, zero_point) = self.levels(), self.stored_range(x)
+        if at.table is not None:
+            return levels.quantize(self._blocks(x), scale, at.table).to(torch.int16)
         return affine.quantize(self._blocks(x), scale, at.low, at.high, at.half, zero_point).to(torch.int16)
 
     @torch.no_grad()

@@ -2,8 +2,9 @@
 
 K rows, one per candidate width (a fixed width has K = 1): a learnable `range` that starts at 0, a calibrated
 `base_scale`, and the levels `low` .. `high` (+ `half_step`) of the row's grid, all (K, C) for C scales. The
-scale is base_scale * 2^range. Here rows are made, calibrated, committed, dropped and read;
-quantizer.Quantizer computes with them.
+scale is base_scale * 2^range. A grid that is a table of levels (numerics.levels) has one for each row:
+`table` where calibration put it, plus `table_shift`, what training made of it; low .. high are then its
+codes. Here rows are made, calibrated, committed, dropped and read; quantizer.Quantizer computes with them.
 
 Differences from the well-known implementations: no "initialised" flag and no state born in forward (an
 uncalibrated site has base_scale NaN, gives NaN, and is refused by `check_calibrated`); low and high are
@@ -19,15 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitsmith.errors import SchemeError, SiteError, listing
+from bitsmith.errors import SiteError, listing
 from bitsmith.numerics import blocks
+from bitsmith.numerics import levels as tables
 from bitsmith.numerics.calibrate import activation_grid, dorefa
 from bitsmith.numerics.calibrate import calibrate as calibrate_values
+from bitsmith.numerics.grid import TABLES
 from bitsmith.quantization.bits import BitWidth, FixedBits, Width, in_words, one_or_each
 from bitsmith.quantization.levels import STAND_IN_HIGH, STAND_IN_STEP, Levels, bounds, grid_name
 from bitsmith.quantization.scheme import FLOAT, Scheme
+from bitsmith.quantization.width_checks import check_candidates, check_each
 
-BUFFERS = ("base_scale", "zero_point", "low", "high", "half_step")
+BUFFERS = ("base_scale", "zero_point", "low", "high", "half_step", "table")
+SHIFTS = ("range", "zero_shift", "table_shift")  # what trains, from 0 on
 
 
 class Rows(nn.Module):
@@ -45,6 +50,8 @@ class Rows(nn.Module):
     low: Tensor
     high: Tensor
     half_step: Tensor | None
+    table: Tensor | None  # (K, MOST), of which a row uses the first 2^bits or so
+    table_shift: nn.Parameter | None
 
     def __init__(
         self,
@@ -63,7 +70,7 @@ class Rows(nn.Module):
         self.pinned = False  # its width was asked for by name: a method that decides bits leaves it alone
         self._make_rows(FixedBits(scheme.bits if isinstance(scheme.bits, int) else scheme.bits[0]), channels)
         if isinstance(scheme.bits, tuple):
-            self._check_each(len(scheme.bits))
+            check_each(name, kind, scheme, len(scheme.bits), channels)
             self._make_rows(FixedBits(scheme.bits), channels)
 
     def _make_rows(self, bits: BitWidth, channels: int) -> None:
@@ -80,6 +87,10 @@ class Rows(nn.Module):
         for buffer in ("zero_point", "low", "high"):
             self.register_buffer(buffer, like.new_zeros(rows, channels))
         self.register_buffer("half_step", None)
+        tabled = scheme.grid in TABLES
+        self.register_buffer("table", like.new_zeros(rows, tables.MOST) if tabled else None)
+        learned = scheme.grid == "levels"
+        self.table_shift = nn.Parameter(like.new_zeros(rows, tables.MOST)) if learned else None
         for row in range(rows):
             for width, at in self._parts(row):
                 self._set_bounds(row, self.grid_at(width), width, at=at)
@@ -116,10 +127,20 @@ class Rows(nn.Module):
         bits = one_or_each([int(b) for b in widths] if isinstance(widths, list) else int(widths))
         scale = (base_scale * torch.exp2(exponent)).detach().view(self.view)
         if isinstance(bits, int):
-            return Levels(bits, scale, zero_point.view(self.view), int(low[0]), int(high[0]), float(half[0]))
+            zero_point, table = zero_point.view(self.view), self._table_at(row, high)
+            return Levels(bits, scale, zero_point, int(low[0]), int(high[0]), float(half[0]), table)
         low, high = low.view(self.view), high.view(self.view)
         half = half.expand(len(zero_point)).view(self.view)
         return Levels(bits, scale, zero_point.view(self.view), low, high, half)
+
+    def _table_at(self, row: int | Tensor | None, high: Tensor) -> Tensor | None:
+        """The levels of the row in play, or of another, ascending; None where they are evenly spaced."""
+        if self.table is None:
+            return None
+        table = self._in_play(self.table, row)
+        if self.table_shift is not None:
+            table = table + self._in_play(self.table_shift, row).detach()
+        return tables.ordered(table, high[:1])[: int(high[0]) + 1]
 
     def _candidates(self, row: int | Tensor | None) -> Tensor:
         """The widths of a row, (), or (C,) where channels differ."""
@@ -147,7 +168,9 @@ class Rows(nn.Module):
         """Width -> grid of the row in play, or of another, ascending; one where all channels share a
         width."""
         at = self.levels(row)
-        if isinstance(at.bits, int):
+        if at.table is not None:
+            found: dict[int, str] = {int(self._candidates(row)): self.scheme.grid}
+        elif isinstance(at.bits, int):
             found = {at.bits: grid_name(at.low, at.high, at.half, at.zero_point)}
         else:
             first = {bits: at.bits.index(bits) for bits in sorted(set(at.bits))}
@@ -178,7 +201,7 @@ class Rows(nn.Module):
 
     def is_trained(self) -> bool:
         """Whether training moved the range away from its calibration."""
-        return bool(self.range.any()) or (self.zero_shift is not None and bool(self.zero_shift.any()))
+        return any(bool(t.any()) for t in (getattr(self, name) for name in SHIFTS) if t is not None)
 
     @torch.no_grad()
     def calibrate(self, values: Tensor, low: float, high: float, row: int | None = None) -> None:
@@ -189,9 +212,9 @@ class Rows(nn.Module):
                 continue
             for width, at in self._parts(k):
                 self._calibrate(k, width, at, values[at], low, high)
-            self.range[k] = 0
-            if self.zero_shift is not None:
-                self.zero_shift[k] = 0
+            for shift in (getattr(self, name) for name in SHIFTS):
+                if shift is not None:
+                    shift[k] = 0
 
     def _calibrate(self, row: int, width: int, at: Any, values: Tensor, low: float, high: float) -> None:
         """Of one row the channels ``at``, which share a width."""
@@ -201,6 +224,12 @@ class Rows(nn.Module):
             return
         scheme = self.scheme
         grid = self.grid_at(width)
+        if self.table is not None:
+            self._set_bounds(row, grid, width)
+            self.base_scale[row], levels = tables.fit(values, grid, width, scheme.calibration)
+            self.table[row] = 0
+            self.table[row, : len(levels)] = levels
+            return
         if self.kind == "activation" and scheme.grid == "auto":
             grid = activation_grid(low, high)
             if grid == "asymmetric" and (scheme.range == "dynamic" or scheme.calibration == "lsq"):
@@ -241,10 +270,10 @@ class Rows(nn.Module):
             )
         for width in bits.candidates.int().unique().tolist():
             self.check_width(width)
-        if len(bits.candidates) > 1 and FLOAT in bits.candidates:
-            self._check_stand_in()
+        check_candidates(self.name, self.kind, self.scheme, bits)
         if bits.per_channel:
-            self._check_each((bits.rows if bits.rows.ndim > 1 else bits.candidates).shape[1])
+            each = bits.rows if bits.rows.ndim > 1 else bits.candidates
+            check_each(self.name, self.kind, self.scheme, each.shape[1], self.range.shape[1])
         self._make_rows(bits.to(self.range.device), self.range.shape[1])
         if weight is not None:
             self.calibrate(*observe_weight(self, weight))
@@ -252,25 +281,8 @@ class Rows(nn.Module):
     def check_width(self, bits: Width) -> None:
         """Raise SchemeError where the site's grid has no such width, or the site no widths per channel."""
         if isinstance(bits, tuple):
-            self._check_each(len(bits))
+            check_each(self.name, self.kind, self.scheme, len(bits), self.range.shape[1])
         self.scheme.replace(self.name, bits=bits)
-
-    def _check_stand_in(self) -> None:
-        """Raise SchemeError where a row of 32 bits would not compute what the site in float does."""
-        squashed = self.scheme.range == "dorefa" and self.kind == "weight"
-        if squashed or self.scheme.estimator == "smooth":
-            field = "range" if squashed else "estimator"
-            raise SchemeError(
-                "32 bits cannot be one candidate among others here: "
-                + (
-                    "tanh shapes these weights"
-                    if squashed
-                    else "values on the grid get a seventh of the gradient"
-                ),
-                where=f"{self.name}.{field}",
-                got=getattr(self.scheme, field),
-                remedy=f"Choose another {field}, leave 32 out of the candidates, or override the site's bits",
-            )
 
     def check_commit(self, bits: Width) -> None:
         """What `check_width` raises, and SiteError where the rows hold no such widths per channel."""
@@ -288,25 +300,6 @@ class Rows(nn.Module):
                 expected=f"{listing(map(str, candidates))}, "
                 + ("per channel" if missing else "one for all channels"),
                 remedy="Prepare a fresh model with the plan",
-            )
-
-    def _check_each(self, count: int) -> None:
-        """Raise SchemeError where this site cannot have ``count`` widths, one for each output channel."""
-        if self.kind != "weight" or self.scheme.granularity != "channel":
-            raise SchemeError(
-                "only weights with a scale per output channel can have a width per channel",
-                where=f"{self.name}.bits",
-                got=f"an activation, per {self.scheme.granularity}"
-                if self.kind != "weight"
-                else f"a scale per {self.scheme.granularity}",
-                remedy="Give it one width" + ("" if self.kind != "weight" else ", or granularity: channel"),
-            )
-        if count != self.range.shape[1]:
-            raise SchemeError(
-                "a list of widths has one for each output channel",
-                where=f"{self.name}.bits",
-                got=f"{count} widths",
-                expected=f"{self.range.shape[1]}",
             )
 
     @torch.no_grad()
@@ -366,6 +359,8 @@ class Rows(nn.Module):
 
     def _steps(self, row: int) -> Tensor:
         """How many steps reach from zero, or from the lowest level, to the highest one."""
+        if self.table is not None:
+            return self.table[row].abs().amax(0, keepdim=True)  # levels end at 1, whatever the width
         half = 0 if self.half_step is None else self.half_step[row]
         above = self.high[row] + half
         return torch.where(self.low[row] < 0, above, above - self.low[row])
@@ -374,7 +369,7 @@ class Rows(nn.Module):
     def collapse(self) -> None:
         """Drop all rows but the one in play: what is left is what a fixed width would have made."""
         width = self.levels().bits
-        kept = {name: getattr(self, name) for name in ("range", "zero_shift", *BUFFERS)}
+        kept = {name: getattr(self, name) for name in (*SHIFTS, *BUFFERS)}
         kept = {name: self._in_play(t)[None].clone() for name, t in kept.items() if t is not None}
         self.bits = FixedBits(width).to(self.range.device)
         if "half_step" in kept and isinstance(width, int):

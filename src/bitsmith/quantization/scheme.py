@@ -11,9 +11,12 @@ from typing import Any, Literal, get_args
 
 from bitsmith.errors import SchemeError, check_choice, listing, nearest
 from bitsmith.numerics.blocks import GRANULARITIES, Granularity
+from bitsmith.numerics.grid import TABLE_BITS, TABLES
 from bitsmith.numerics.rounding import ESTIMATORS, Estimator
 
-GridChoice = Literal["auto", "symmetric", "balanced", "seq", "unsigned", "asymmetric"]
+GridChoice = Literal[
+    "auto", "symmetric", "balanced", "seq", "unsigned", "asymmetric", "powers_of_two", "levels"
+]
 Range = Literal["lsq", "lsq+", "pact", "dorefa", "static", "dynamic"]
 Calibration = Literal["mse", "minmax", "percentile", "kl", "lsq"]
 
@@ -30,7 +33,7 @@ class Scheme:
     grid         numerics.grid; auto: `seq` for weights of 1-2 bits where the target holds it and `symmetric`
                  above; for activations what calibration sees: `unsigned` without negative values,
                  `asymmetric` where one side is less than half of the other (never where range is dynamic),
-                 else `symmetric`
+                 else `symmetric`; of weights of 2 to 4 bits also the tables `powers_of_two` and `levels`
     range        lsq: learned scale (1902.08153); lsq+: and, of activations, zero point (2004.09576);
                  pact: learned by what is clipped (1805.06085); dorefa: tanh of the weights (1606.06160);
                  static: as calibrated; dynamic: min-max of each tensor as it comes
@@ -113,6 +116,32 @@ class Scheme:
                 got="balanced",
                 expected="seq or auto at 1 bit",
             )
+        if self.grid in TABLES and not self.is_float:
+            self._check_table()
+
+    def _check_table(self) -> None:
+        """Refuse what a grid that is a table of levels does not go with."""
+        for field, allowed in TABLE_FIELDS.items():
+            value = getattr(self, field)
+            if value not in allowed:
+                raise SchemeError(
+                    f"grid {self.grid}, a table of levels, does not go with this",
+                    where=field,
+                    got=list(value) if isinstance(value, tuple) else value,
+                    expected=listing(map(str, allowed)),
+                    remedy=f"Choose one of these, or another grid than {self.grid}",
+                )
+
+    def check_kind(self, kind: str, where: str) -> None:
+        """Raise SchemeError where a tensor of this kind, weight or activation, cannot have this scheme."""
+        if kind == "activation" and self.grid in TABLES and not self.is_float:
+            raise SchemeError(
+                "activations have evenly spaced levels: only the codes of a weight index a table",
+                where=f"{where}.grid",
+                got=self.grid,
+                expected="auto, symmetric, balanced, seq, unsigned or asymmetric",
+                remedy=f"Set grid: auto here; grid: {self.grid} is for weights",
+            )
 
     @property
     def is_float(self) -> bool:
@@ -147,4 +176,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "range": get_args(Range),
     "calibration": get_args(Calibration),
     "estimator": ESTIMATORS,
+}
+TABLE_FIELDS: dict[str, tuple[Any, ...]] = {  # what goes with a grid of numerics.levels
+    "bits": TABLE_BITS,
+    "granularity": ("tensor", "channel", "group"),
+    "range": ("lsq", "lsq+", "static"),
+    "calibration": ("mse", "minmax"),
+    "estimator": ("clipped", "pure"),
 }

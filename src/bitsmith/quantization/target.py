@@ -15,6 +15,7 @@ from typing import Any
 from bitsmith.errors import FormatError, TargetError, listing, nearest
 from bitsmith.files import read_json
 from bitsmith.numerics.blocks import GRANULARITIES
+from bitsmith.numerics.grid import GRIDS, TABLES
 from bitsmith.quantization.bits import in_words
 from bitsmith.quantization.cost_table import BUILT_IN, CostTable, Shared, shared_from, unknown
 from bitsmith.quantization.scheme import CHOICES, FLOAT, Scheme
@@ -153,7 +154,7 @@ TARGETS: dict[str, Target] = {
         weight_containers=TRUE_SIZE,
         weight_granularities=("tensor", "channel", "group"),
         activation_granularities=("tensor", "channel", "group", "token"),
-        weight_grids=("symmetric", "balanced", "seq", "unsigned", "asymmetric"),
+        weight_grids=(*GRIDS, *TABLES),
         dynamic_activations=True,
         runs="Bitsmith itself, on any machine with PyTorch",
         channel_widths="own",
@@ -164,7 +165,7 @@ TARGETS: dict[str, Target] = {
         weight_containers={1: 2, 2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8},
         weight_granularities=("tensor", "channel", "group"),
         activation_granularities=("tensor",),
-        weight_grids=("symmetric", "balanced", "seq"),
+        weight_grids=("symmetric", "balanced", "seq", *TABLES),
         dynamic_activations=False,
         runs="ONNX Runtime; weights packed in the file, products in float",
         channel_widths="widest",
@@ -174,7 +175,7 @@ TARGETS: dict[str, Target] = {
         weight_containers=TRUE_SIZE,
         weight_granularities=("tensor", "channel", "group"),
         activation_granularities=("tensor", "channel", "group", "token"),
-        weight_grids=("symmetric", "balanced", "seq", "unsigned", "asymmetric"),
+        weight_grids=(*GRIDS, *TABLES),
         dynamic_activations=True,
         runs="no runtime: figures only",
         channel_widths="own",

@@ -64,10 +64,15 @@ def nearest_rounding(search: Any, model: nn.Module) -> nn.Module:
 def uniform_recipe(recipe: Recipe, search: Any) -> tuple[Recipe, dict[str, Width]]:
     """The competitor's recipe: the same without the search, and the uniform plan's widths."""
     bits = uniform_plan(search.cost)
+    return at_widths(recipe, bits), bits
+
+
+def at_widths(recipe: Recipe, bits: Mapping[str, Width]) -> Recipe:
+    """The recipe without the search, its sites at these widths."""
     overrides: Mapping[str, dict[str, Any]] = {glob.escape(name): {"bits": b} for name, b in bits.items()}
     quantize = recipe.quantize.model_copy(update={"overrides": {**recipe.quantize.overrides, **overrides}})
     methods = [entry for entry in recipe.methods if "budget_search" not in entry]
-    return recipe.model_copy(update={"quantize": quantize, "methods": methods}), bits
+    return recipe.model_copy(update={"quantize": quantize, "methods": methods})
 
 
 def standing(model: nn.Module, data: Examples) -> dict[str, float]:

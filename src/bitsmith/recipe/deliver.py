@@ -23,12 +23,13 @@ from bitsmith.quantization import CostModel, CostTable, measure, plan_of
 from bitsmith.quantization.cost_kinds import used
 from bitsmith.quantization.coverage import coverage
 from bitsmith.quantization.finalize import finalize
-from bitsmith.recipe import shifts
+from bitsmith.recipe import flatness, shifts
 from bitsmith.recipe.competition import Outcome
 from bitsmith.recipe.environment import environment
 from bitsmith.recipe.progress import Event, Progress
 from bitsmith.recipe.schema import Recipe
 from bitsmith.report import write_report
+from bitsmith.report.flatness import FILE as FLATNESS
 from bitsmith.tasks import Examples
 
 COMPARED = ("max_abs_difference", "agreement", "rows_within_tolerance", "file_bytes")
@@ -94,8 +95,15 @@ def deliver(
     shifts.write(found, models | {"quantized": trained}, data, out)
     shift = shifts.accuracies(found)
     shown = data.figures[0].replace("_", " ") if "mean_iou" in data.figures else "accuracy"
+    took = {"export": export_seconds, "shift": time.perf_counter() - started}
+    flat: dict[str, Any] = {}
+    if recipe.flatness is not None:
+        started = time.perf_counter()
+        both = {"float": float_model, "quantized": trained}
+        flat = flatness.measure(both, data, recipe.flatness, recipe.train.seed)
+        write_json(out / FLATNESS, flat)
+        took["flatness"] = time.perf_counter() - started
     tell(Event("shift", values={f"{name} {shown}": each["mean"] for name, each in shift.items()}))
-    shift_seconds = time.perf_counter() - started
 
     metrics: dict[str, Any] = {
         "version": 1,
@@ -112,9 +120,10 @@ def deliver(
         "winner": outcome and outcome.winner,
         "exported": exported,
         "shift": shift,
+        "flatness": flatness.figures(flat) if flat else {},  # where the recipe asks for it
         "cost": cost,
         "budget": outcome.budget if outcome else [],  # none where every width was asked for
-        "time": {**seconds, "export": export_seconds, "shift": shift_seconds},
+        "time": {**seconds, **took},
     }
     metrics["time"]["total"] = sum(metrics["time"].values())
     tell(Event("report", 0))

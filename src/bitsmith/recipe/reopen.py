@@ -19,13 +19,15 @@ from bitsmith.files import read_json, write_json
 from bitsmith.quantization import Plan
 from bitsmith.quantization.finalize import finalize
 from bitsmith.quantization.integer_layers import PackedWeight, packed_sites
-from bitsmith.recipe import shifts
+from bitsmith.recipe import flatness, shifts
+from bitsmith.recipe.competition import at_widths
+from bitsmith.recipe.composition import deciders
 from bitsmith.recipe.deliver import write_exports
 from bitsmith.recipe.directory import load_stage, stage_path
 from bitsmith.recipe.job import prepare_sites
 from bitsmith.recipe.load import load_recipe
-from bitsmith.recipe.schema import EXPORTS, NO_RUNTIME, Recipe
-from bitsmith.report import write_shift_page
+from bitsmith.recipe.schema import EXPORTS, NO_RUNTIME, Flatness, Recipe
+from bitsmith.report import write_flatness_page, write_shift_page
 from bitsmith.tasks import Data, Examples, TextData, build
 from bitsmith.tasks import load as load_data
 from bitsmith.tasks.convert import like
@@ -138,6 +140,40 @@ def evaluate_run(
     if page is not None:
         write_shift_page(found, shifts.drawn(found, known | trained, examples), page, str(path))
     return result | {"shift": shifts.accuracies(found), "shifts": found}
+
+
+def flatness_of_run(
+    path: Path,
+    *,
+    radius: float | None = None,
+    rows: int | None = None,
+    data: str | None = None,
+    page: Path | None = None,
+    factory: str | None = None,
+) -> dict[str, Any]:
+    """How flat a run's models lie, as flatness.json has it: the float model where the run kept it, the one
+    that was delivered as it was trained, and the uniform competitor of a search that won.
+
+    ``radius``, ``rows``: instead of those of the recipe, or of the defaults. On training rows of the run's
+    data, or of ``data``. ``page``: the file that is written to picture it. Raises RecipeError, FormatError,
+    DataError, SchemeError.
+    """
+    recipe = _recipe(path)
+    examples, _ = _fitting(path, recipe, data)
+    models = {
+        "float": _kept_float(path, recipe, factory),
+        "quantized": _trained(path, recipe, factory, examples.example()),
+        "uniform": _competitor(path, recipe, factory, examples.example()),
+    }
+    known = {name: model for name, model in models.items() if model is not None}
+    asked = {"radius": radius, "rows": rows}
+    spec = (recipe.flatness or Flatness()).model_copy(
+        update={key: value for key, value in asked.items() if value is not None}
+    )
+    found = flatness.measure(known, examples, spec, recipe.train.seed, surfaces=page is not None)
+    if page is not None:
+        write_flatness_page(found, page, str(path))
+    return {"run": str(path), **found}
 
 
 def _fitting(path: Path, recipe: Recipe, data: str | None) -> tuple[Examples, str]:
@@ -321,7 +357,8 @@ def _trained(path: Path, recipe: Recipe, factory: str | None, example: Tensor) -
     """The model that was delivered as it was trained: quantizers with their estimators, in eval mode."""
     model = _float_model(path, recipe, factory)
     searched = load_stage(path, "winner")
-    plan = Plan.load(path / "plan.json") if recipe.plan is not None or searched is not None else None
+    learned = deciders({name: options for entry in recipe.methods for name, options in entry.items()})
+    plan = Plan.load(path / "plan.json") if recipe.plan is not None or searched or learned else None
     prepare_sites(recipe.model_copy(update={"methods": []}), model, plan, example)
     stage = searched or load_stage(path, "qat")
     if stage is None:
@@ -331,5 +368,18 @@ def _trained(path: Path, recipe: Recipe, factory: str | None, example: Tensor) -
             expected="what a finished `bitsmith run` leaves behind",
             remedy="Finish the run with --resume",
         )
+    model.load_state_dict(stage[0])
+    return model.eval()
+
+
+def _competitor(path: Path, recipe: Recipe, factory: str | None, example: Tensor) -> nn.Module | None:
+    """The uniform competitor as it was trained; None where there was none, or where it was delivered."""
+    metrics = read_json(path / "metrics.json", "metrics file")
+    stage = load_stage(path, "uniform")
+    widths = (metrics.get("uniform") or {}).get("sites")
+    if stage is None or widths is None or metrics.get("winner") != "searched":
+        return None
+    model = _float_model(path, recipe, factory)
+    prepare_sites(at_widths(recipe, widths).model_copy(update={"methods": []}), model, None, example)
     model.load_state_dict(stage[0])
     return model.eval()

@@ -25,9 +25,10 @@ from pydantic import (
 )
 from pydantic_core.core_schema import ValidationInfo
 
-from bitsmith.errors import BitsmithError, RecipeError
+from bitsmith.errors import BitsmithError, RecipeError, check_value
 from bitsmith.post_training.post_train import check_options
 from bitsmith.quantization.scheme import Scheme
+from bitsmith.tasks.flatness import RADIUS
 from bitsmith.tasks.shifts import MEASURED
 from bitsmith.train.config import TrainConfig
 
@@ -85,6 +86,12 @@ class Quantize(Section):
     calibration_samples: Annotated[int, Field(ge=1)] = 1024
 
     @model_validator(mode="after")
+    def _activations_have_their_grids(self) -> Quantize:
+        if self.activations is not None:
+            self.activations.check_kind("activation", "activations")
+        return self
+
+    @model_validator(mode="after")
     def _overrides_make_schemes(self) -> Quantize:
         for glob, changes in self.overrides.items():
             activation = glob.endswith((".input", ".left", ".right")) and self.activations is not None
@@ -125,6 +132,20 @@ class Shifts(Section):
     severities: list[Annotated[int, Field(ge=1, le=5)]] = Field(default=list(MEASURED), min_length=1)
 
 
+class Flatness(Section):
+    """How flat both models lie, measured at the end: on how many training rows, how far from the weights,
+    and at how many points along each axis of the picture."""
+
+    rows: Annotated[int, Field(ge=1)] = 512
+    radius: Annotated[float, Field(gt=0, lt=1)] = RADIUS
+    points: Annotated[int, Field(ge=3)] = 11
+
+    @model_validator(mode="after")
+    def _points_have_a_middle(self) -> Flatness:
+        check_value("points", self.points, self.points % 2 == 1, "an odd number: the middle is the model")
+        return self
+
+
 class Recipe(Section):
     """One job, from a float model to a verified low-bit one."""
 
@@ -139,6 +160,7 @@ class Recipe(Section):
     train: Annotated[TrainConfig, Placed] = TrainConfig()
     float_train: Annotated[TrainConfig | None, Placed] = Field(default=None, alias="float")
     shift: Shifts = Shifts()
+    flatness: Annotated[Flatness | None, Placed] = None
     export: list[Export] = Field(default_factory=lambda: list(EXPORTS))
 
     @model_validator(mode="after")
@@ -179,10 +201,13 @@ class Recipe(Section):
 
 
 def normalise(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the shorthands out: ``model: NAME``, ``shift: SUITE``, a method without arguments."""
+    """Write the shorthands out: ``model: NAME``, ``shift: SUITE``, ``flatness: true``, a method without
+    arguments."""
     written = dict(document)
     if isinstance(written.get("shift"), str):
         written["shift"] = {"suite": written["shift"]}
+    if isinstance(written.get("flatness"), bool):
+        written["flatness"] = {} if written["flatness"] else None
     for key in ("model", "data"):
         if isinstance(written.get(key), str):
             written[key] = {"name": written[key]}

@@ -11,6 +11,7 @@ from bitsmith.files import write_atomic
 from bitsmith.report import (
     behaviour,
     contest,
+    flatness,
     fractional,
     hardware,
     language,
@@ -70,6 +71,7 @@ def render(run: Run) -> str:
             (hardware.card(run),),
             (behaviour.traces(run),),
             (shifts.card(shifts.read_shifts(run.directory)),),
+            (flatness.card(flatness.read_flatness(run.directory)),),
             *_proofs(run),
         )
     )
@@ -78,7 +80,7 @@ def render(run: Run) -> str:
         "Made by Bitsmith from the files in this run directory; works offline. "
         f"Bytes are decimal (1 kB = 1,000 B). {what} are of the test set unless they say validation."
     )
-    style = fractional.style(run) + segmentation.style(run) + shifts.STYLE
+    style = fractional.style(run) + segmentation.style(run) + shifts.STYLE + flatness.STYLE
     return page.document(f"{title} · {run.name}", header, body, footer, style)
 
 

@@ -235,6 +235,7 @@ def _read_metrics(path: Path) -> dict[str, Any]:
         "uniform",
         "exported",
         "shift",
+        "flatness",
         "cost",
         "time",
         "environment",

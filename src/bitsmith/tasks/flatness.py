@@ -12,6 +12,18 @@ A rounded weight has a derivative of 0 or none. `top_eigenvalue` takes the surro
 inside the range a quantizer adds a constant, Q(x) = x + c, outside it is one. The other two compute the real
 loss.
 
+How far to look, RADIUS and SPAN, is where models differ and none is at its ceiling yet: the digits CNN, 10
+epochs, seeds 0 and 1, 512 training images, whose guessing loss is ln 10 = 2.3:
+
+    sharpness at radius   0.002         0.005         0.01        0.02          0.05
+    float                 0.02  0.02    0.10  0.08    0.51 0.41   4.5   3.1     29.8  25.6
+    W4A4                  0.01  0.01    0.10  0.14    0.59 0.90   6.5   4.9     14.2  19.0
+    W2A2                  0.21  0.19    1.39  1.46    4.45 6.06   10.7  8.9     17.7  13.0
+
+From 0.01 on 2 bits are worse than guessing, at 0.05 all models are, in an order that says how large their
+logits can become. The edge of the surface has a mean loss of 0.8 to 1.3 at a span of 0.25 (digits ViT: 0.7 to
+1.3), and of 3 to 8 at 0.5.
+
 A flat minimum need not hold better under shift, and a sharp one may (1703.04933 rescales one into the other,
 which is why radii are relative here): whether it does is measured, see docs/methods/flatness.md.
 """
@@ -33,10 +45,12 @@ from bitsmith.train.distillation import Loss, cross_entropy
 
 Batches = Sequence[tuple[Tensor, Tensor]]  # (inputs as the model takes them, targets)
 TINY = 1e-12
+RADIUS = 0.005
+SPAN = 0.25
 
 
 def sharpness(
-    model: nn.Module, batches: Batches, *, radius: float = 0.05, steps: int = 5, loss: Loss = cross_entropy
+    model: nn.Module, batches: Batches, *, radius: float = RADIUS, steps: int = 5, loss: Loss = cross_entropy
 ) -> float:
     """By how much the mean loss rises within a relative radius, found by ``steps`` of gradient ascent.
 
@@ -97,7 +111,7 @@ def loss_surface(
     model: nn.Module,
     batches: Batches,
     *,
-    span: float = 0.5,
+    span: float = SPAN,
     points: int = 21,
     loss: Loss = cross_entropy,
     seed: int = 0,
@@ -123,13 +137,15 @@ def loss_surface(
     return found
 
 
-def measure_flatness(model: nn.Module, batches: Batches, *, loss: Loss = cross_entropy) -> dict[str, float]:
-    """{"loss", "sharpness", "top_eigenvalue"} on these batches, with the defaults of each."""
+def measure_flatness(
+    model: nn.Module, batches: Batches, *, radius: float = RADIUS, loss: Loss = cross_entropy
+) -> dict[str, float]:
+    """{"loss", "sharpness", "top_eigenvalue"} on these batches. Raises DataError, SchemeError as they do."""
     with _ready(model, batches):
         now = _mean_loss(model, batches, loss)
     return {
         "loss": now,
-        "sharpness": sharpness(model, batches, loss=loss),
+        "sharpness": sharpness(model, batches, radius=radius, loss=loss),
         "top_eigenvalue": top_eigenvalue(model, batches, loss=loss),
     }
 
