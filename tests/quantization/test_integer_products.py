@@ -233,6 +233,13 @@ def test_grids_that_no_product_knows_stay_floats(activations: dict) -> None:
     assert torch.equal(integer(x), present(x))
 
 
+@pytest.mark.parametrize("grid", ["powers_of_two", "levels"])
+def test_tables_of_levels_stay_floats(grid: Any) -> None:
+    x = torch.randn(9, 40)
+    model = packed(nn.Sequential(nn.Linear(40, 6)), x, Scheme(bits=3, grid=grid), Scheme(bits=8))
+    assert run_on_kernels(model) == []
+
+
 def test_forwards_that_integers_cannot_do_are_floats() -> None:
     integer, present, x = linear()
     assert not torch.equal(integer(x), present(x))  # or nothing here is shown

@@ -26,6 +26,7 @@ from bitsmith.kernels.convolution import convolve
 from bitsmith.kernels.native import Native
 from bitsmith.kernels.operands import MOST_INPUTS, Activations, Weight
 from bitsmith.numerics.calibrate import range_of
+from bitsmith.numerics.grid import GRIDS
 from bitsmith.quantization.integer_layers import (
     FloatWeight,
     FrozenQuantizer,
@@ -34,8 +35,6 @@ from bitsmith.quantization.integer_layers import (
     PackedWeight,
 )
 
-WEIGHT_GRIDS = ("symmetric", "balanced", "seq", "unsigned", "asymmetric")
-INPUT_GRIDS = ("symmetric", "balanced", "unsigned", "asymmetric")  # no half steps
 # A product of integers takes the bytes of an image tap by tap. Where these meet few filters that takes longer
 # than floats do, unless the image is so small that unpacking the weight is what counts there.
 NARROW, SMALL = 256, 2048  # channels in times out; pixels of a batch
@@ -172,8 +171,9 @@ def _grids_allow(layer: IntegerLinear | IntegerConv) -> bool:
     return (
         math.prod(weight.shape[1:]) <= MOST_INPUTS
         and min(weight.shape) > 0
-        and set(grids) <= set(WEIGHT_GRIDS)
-        and form.grid in INPUT_GRIDS
+        and set(grids) <= set(GRIDS)  # no tables
+        and form.grid in GRIDS
+        and form.grid != "seq"  # half steps
         and isinstance(form.bits, int)
         and form.granularity in shared
     )
