@@ -178,7 +178,7 @@ def flatness_of_run(
 
 def data_of_run(path: Path, data: str | None = None) -> Examples:
     """What a run was measured on, or ``data`` as its model takes them. Raises RecipeError, DataError."""
-    return _data(path, _recipe(path), data)
+    return _fitting(path, _recipe(path), data)[0]
 
 
 def model_of_run(path: Path, name: str, *, factory: str | None = None) -> nn.Module | None:
