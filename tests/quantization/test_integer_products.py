@@ -263,6 +263,16 @@ def test_forwards_that_integers_cannot_do_are_floats() -> None:
     assert seen
 
 
+@pytest.mark.parametrize("how", INPUTS)
+def test_what_is_not_a_number_is_passed_on(how: str) -> None:
+    integer, present, x = linear(**INPUTS[how])
+    for value in (float("nan"), float("inf")):
+        x[2, 3] = value
+        assert torch.equal(integer(x).isnan(), present(x).isnan())
+    x[2, 3] = float("nan")
+    assert integer(x)[2].isnan().all()
+
+
 def test_what_was_packed_follows_the_buffers() -> None:
     integer, present, x = linear()
     integer(x)

@@ -198,7 +198,9 @@ def _takes(layer: _WithOperands, x: Tensor) -> bool:
     plain = plain and isinstance(layer.weight, PackedWeight)
     if not plain or torch.is_autocast_enabled("cpu") or (x.requires_grad and torch.is_grad_enabled()):
         return False
-    return not (quantizer._forward_hooks or quantizer._forward_pre_hooks)  # somebody wants to see its values
+    if quantizer._forward_hooks or quantizer._forward_pre_hooks:  # somebody wants to see its values
+        return False
+    return math.isfinite(x.sum().item())  # a code has no NaN to pass on
 
 
 def _traced() -> bool:
@@ -218,7 +220,7 @@ def _in_range(layer: _WithOperands, buffers: list[Tensor]) -> bool:
         return False
     _, (low, high, _), _ = quantizer.form.runs[0]
     zero = 0.0 if quantizer.zero_point is None else float(quantizer.zero_point)
-    return zero == round(zero) and (zero == 0 or low <= zero <= high)
+    return zero.is_integer() and (zero == 0 or low <= zero <= high)
 
 
 def _pack(layer: _WithOperands, backend: Backend, buffers: list[Tensor]) -> Operands:
