@@ -108,7 +108,7 @@ def test_trained_packed_and_loaded_models_are_one(weights: Scheme, tmp_path: Pat
     assert not any(name.startswith("lm_head.weight") for name in stored)
     report = measure(model, TOKENS).report()
     assert report["weight_bytes"] == sum(t.numel() * t.element_size() for t in stored.values())
-    loaded = load(save(packed, tmp_path), into=gpt2())
+    loaded = load(save(packed, tmp_path), into=gpt2(), kernels=False)
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
     assert torch.equal(logits(loaded), logits(model))
 

@@ -56,7 +56,7 @@ def test_both_models_are_scored_as_by_hand(finished: Path, sums: Path) -> None:
     assert stage is not None
     plain = build("byte_llama", **MODEL)
     plain.load_state_dict(stage[0])
-    for name, model in (("float", plain), ("quantized", load_model(finished / "model"))):
+    for name, model in (("float", plain), ("quantized", load_model(finished / "model", kernels=False))):
         expected = score(model, ByteTokenizer(), read_questions(sums), context=32).metrics()
         assert found[name] | {"questions": found["questions"]} == pytest.approx(expected)
     assert found["questions"] == 10
@@ -67,7 +67,7 @@ def test_exact_match_is_a_metric_of_arithmetic(finished: Path) -> None:
     metrics = json.loads((finished / "metrics.json").read_text())
     data = load("arithmetic", largest=9)
     asked = data.questions(data.test_x, data.test_y)  # type: ignore[attr-defined]
-    packed = load_model(finished / "model")
+    packed = load_model(finished / "model", kernels=False)
     expected = score(packed, ByteTokenizer(), asked, context=32, max_tokens=3).metrics()["accuracy"]
     assert metrics["quantized"]["exact_match"] == pytest.approx(expected)
     assert evaluate_run(finished)["exact_match"] == pytest.approx(expected)
@@ -113,7 +113,7 @@ def test_rows_are_asked_one_by_one_where_a_range_is_taken_over_the_batch(sums: P
         "quantize.activations.range=dynamic",
     )
     run(load_recipe(ROOT / "recipes" / "arithmetic.yaml", settings), tmp_path / "run")
-    packed = load_model(tmp_path / "run" / "model")
+    packed = load_model(tmp_path / "run" / "model", kernels=False)
     alone = score(packed, ByteTokenizer(), read_questions(sums), context=32, batch_size=1).metrics()
     assert ask_run(tmp_path / "run", sums)["quantized"]["accuracy"] == alone["accuracy"]
 
@@ -189,7 +189,10 @@ def test_models_of_transformers_are_quantized_exported_and_asked(
     assert weights == {f"lm.{name}.weight" for name in MATRICES[kind]}  # the head is the embedding's
 
     into = build(f"hf:{tmp_path}/{kind}")
-    loaded, data = load_model(out / "model", into=into), load(f"text:{tmp_path}/text.txt", context=16)
+    loaded, data = (
+        load_model(out / "model", into=into, kernels=False),
+        load(f"text:{tmp_path}/text.txt", context=16),
+    )
     found = data.evaluate(loaded, data.test_x, data.test_y)
     assert found["loss"] == pytest.approx(metrics["quantized"]["loss"], abs=1e-6)
     assert evaluate_run(out)["loss"] == pytest.approx(metrics["quantized"]["loss"], abs=1e-6)

@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from bitsmith.cli import compare, evaluate, export, inspect, run, sensitivity, sweep
+from bitsmith.cli import bench, compare, evaluate, export, inspect, run, sensitivity, sweep
 from bitsmith.errors import BitsmithError
 
 app = typer.Typer(
@@ -30,10 +30,10 @@ app = typer.Typer(
 )
 
 
-def _add(name: str, command: ModuleType) -> None:
+def _add(name: str, command: ModuleType, to: typer.Typer = app) -> None:
     """A command's file offers `command`, whose docstring is its help, and EXAMPLES: (line, what for)."""
     lines = ("[bold]Examples[/bold]", *(f"[dim]# {why}[/dim]\n{line}" for line, why in command.EXAMPLES))
-    app.command(name, help=_paragraphs(command.command.__doc__), epilog="\n\n".join(lines))(command.command)
+    to.command(name, help=_paragraphs(command.command.__doc__), epilog="\n\n".join(lines))(command.command)
 
 
 def _paragraphs(text: str | None) -> str:
@@ -51,6 +51,15 @@ for _name, _command in {
     "compare": compare,
 }.items():
     _add(_name, _command)
+
+benches = typer.Typer(no_args_is_help=True, help="Measure models on this machine.")
+_add("run", bench, benches)
+app.add_typer(benches, name="bench")
+
+
+@benches.callback()
+def _about_benches() -> None:
+    """Without it a group of one command would be that command."""
 
 
 def _version(wanted: bool) -> None:

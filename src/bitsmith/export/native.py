@@ -51,6 +51,7 @@ from bitsmith.quantization.integer_layers import (
     pack_codes,
     packed_layers,
 )
+from bitsmith.quantization.integer_products import run_on_kernels
 from bitsmith.quantization.layers import MatMul
 from bitsmith.tasks.models import MODELS, NOT_STRUCTURE, build
 
@@ -101,11 +102,14 @@ def stored_tensors(packed: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def load(directory: str | os.PathLike[str], into: nn.Module | None = None) -> nn.Module:
+def load(
+    directory: str | os.PathLike[str], into: nn.Module | None = None, *, kernels: bool = True
+) -> nn.Module:
     """The packed model of ``directory``, in eval mode.
 
     ``into``: a model of the same architecture, for models that are not built in; its layers are replaced, in
-    place, after everything was checked. Raises FormatError.
+    place, after everything was checked. ``kernels``: multiply integers where the grids allow it
+    (quantization.integer_products); without, floats, bit for bit as `finalize` left them. Raises FormatError.
     """
     where = Path(directory)
     config = read_json(where / CONFIG, "model configuration")
@@ -131,6 +135,8 @@ def load(directory: str | os.PathLike[str], into: nn.Module | None = None) -> nn
         loaded = _assemble(skeleton, config, tensors, str(where))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise FormatError(f"this model cannot be put together ({_short(error)})", where=str(where)) from None
+    if kernels:
+        run_on_kernels(loaded)
     if into is None or type(loaded) is not type(into):
         return loaded
     vars(into).update(vars(loaded))  # all at once: a load that fails leaves the user's model as it was

@@ -46,10 +46,10 @@ def outputs_of(model: nn.Module, x: Tensor, batch_size: int = 256) -> Tensor:
 
 
 def open_native(path: Path, trained: nn.Module) -> Opened:
-    """A native folder, loaded as a user would."""
+    """A native folder, multiplying floats as the trained model does, so that every activation can be seen."""
     # A model that is not built in is loaded into one of its architecture: the trained one is one.
     into = None if hasattr(trained, "bitsmith_model") else copy.deepcopy(trained)
-    loaded = native.load(path, into=into)
+    loaded = native.load(path, into=into, kernels=False)
 
     def look(x: Tensor) -> dict[str, Tensor]:
         seen = probe(loaded, x)
@@ -62,7 +62,7 @@ def open_native(path: Path, trained: nn.Module) -> Opened:
         stored=read_native(path),
         predict=lambda x: outputs_of(loaded, x),
         probe=look,
-        options={},
+        options={"kernels": "off"},
     )
 
 

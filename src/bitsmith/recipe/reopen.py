@@ -176,6 +176,20 @@ def flatness_of_run(
     return {"run": str(path), **found}
 
 
+def data_of_run(path: Path, data: str | None = None) -> Examples:
+    """What a run was measured on, or ``data`` as its model takes them. Raises RecipeError, DataError."""
+    return _fitting(path, _recipe(path), data)[0]
+
+
+def model_of_run(path: Path, name: str, *, factory: str | None = None) -> nn.Module | None:
+    """Of a run the model "float32" (None where it was not kept), "native", or "dequantized": the same by
+    floats. Raises RecipeError, FormatError."""
+    recipe = _recipe(path)
+    if name == "float32":
+        return _kept_float(path, recipe, factory)
+    return _packed(path, recipe, factory, kernels=name == "native")
+
+
 def _fitting(path: Path, recipe: Recipe, data: str | None) -> tuple[Examples, str]:
     """The data, images as large and coloured as the run's own; and how they were converted, in words."""
     examples = _data(path, recipe, data)
@@ -251,10 +265,11 @@ def _kept_float(path: Path, recipe: Recipe, factory: str | None) -> nn.Module | 
     return model.eval()
 
 
-def _packed(path: Path, recipe: Recipe, factory: str | None) -> nn.Module:
+def _packed(path: Path, recipe: Recipe, factory: str | None, *, kernels: bool = False) -> nn.Module:
+    """The packed model of a run; without ``kernels`` it repeats the run's own figures to the last bit."""
     if recipe.model.name in MODELS and factory is None:
-        return load_model(path / "model")
-    return load_model(path / "model", into=_float_model(path, recipe, factory))
+        return load_model(path / "model", kernels=kernels)
+    return load_model(path / "model", into=_float_model(path, recipe, factory), kernels=kernels)
 
 
 def _recipe(path: Path) -> Recipe:
