@@ -205,7 +205,8 @@ class Sharpness(Method):
         if not self.each:
             size = norms.new_ones(())
             if self.relative_to is not None:
-                size = _norms([p for p in moved if id(p) not in self._scales]).norm()
+                weights = [p for p in moved if id(p) not in self._scales]
+                size = _norms(weights or moved).norm()  # scales alone are measured by themselves
             return [self.radius * size / (norms.norm() + TINY) - self.alpha] * len(g)
         # A range is the logarithm of its C scales: rho of each scale is rho / ln 2 of each exponent.
         scales = [self._scales.get(id(p)) for p in moved]
