@@ -161,6 +161,13 @@ def run_on_kernels(model: nn.Module) -> list[str]:
     return found
 
 
+def forget_operands(model: nn.Module) -> None:
+    """Let go of what the layers of ``model`` packed for kernels: the next forward packs their weights anew."""
+    for layer in model.modules():
+        if isinstance(layer, _WithOperands):
+            layer._operands = None
+
+
 def _grids_allow(layer: IntegerLinear | IntegerConv) -> bool:
     weight, quantizer = layer.weight, layer.input
     if not isinstance(weight, PackedWeight) or quantizer is None:

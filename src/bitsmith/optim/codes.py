@@ -1,0 +1,179 @@
+"""Moving packed weights, which are codes alone: forward-only training without a float weight.
+
+A perturbation is whole codes, d = +-n with n the size of the perturbation rounded stochastically (QuZO, 2502.12346). It
+is added while a forward unpacks the weight, and never written: clamping to the grid needs no undoing, and what
+is stored stays as it was until a step is decided, whatever interrupts it. A step reads, moves and packs
+some codes at a time. Random numbers are made for the codes at hand, also for single rows of an embedding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitsmith.numerics.noise import BLOCK, Key, uniform
+from bitsmith.numerics.pack import pack, packed_size, unpack
+from bitsmith.optim.lattice import Term
+from bitsmith.quantization.integer_layers import PackedWeight, pack_codes
+from bitsmith.quantization.integer_products import forget_operands
+
+RESIDUAL = 254  # an int8 residual counts in codes / 254: half a code is 127
+
+
+@dataclass(frozen=True)
+class Move:
+    """A perturbation by ``size`` codes in the mean, along the direction of ``key`` (sign 1) or against it."""
+
+    key: Key
+    size: float
+    sign: int
+
+
+class _Moved(PackedWeight):
+    """A packed weight as it is unpacked, moved."""
+
+    move: Move
+
+    def integers(self) -> Tensor:
+        codes = super().integers()
+        flat = codes.view(len(codes), -1)
+        lowest, highest = _bounds(self, codes.device)
+        for rows in _pieces(self.shape):
+            piece = flat[rows]
+            first = (rows.start or 0) * flat.shape[1]
+            index = torch.arange(first, first + piece.numel(), dtype=torch.int32, device=codes.device)
+            step = perturbation(self.move.key, index, self.move.size).view(piece.shape)
+            low, high = (b if b.numel() == 1 else b[rows] for b in (lowest, highest))
+            piece.copy_(torch.minimum(torch.maximum(piece + self.move.sign * step, low), high))
+        return codes
+
+    def _looked_up(self, packed: Tensor, length: int, index: Tensor) -> Tensor:
+        codes = super()._looked_up(packed, length, index)
+        if packed is not self.codes:
+            return codes
+        at = index[:, None] * length + torch.arange(length, device=index.device)
+        step = perturbation(self.move.key, at.to(torch.int32), self.move.size)
+        low, high = (b if b.numel() == 1 else b[index] for b in _bounds(self, codes.device))
+        return torch.minimum(torch.maximum(codes + self.move.sign * step, low), high)
+
+
+def perturbation(key: Key, index: Tensor, size: float) -> Tensor:
+    """Int16 d for each index (overwritten): sign * (size rounded up with the probability that makes its mean
+    ``size``). Its square has the mean `energy`."""
+    found = uniform(key, index).mul_(2).sub_(1)  # the sign, and what is left of it is uniform again
+    return (found.abs().add_(size).floor_() * found.sign()).to(torch.int16)
+
+
+def energy(size: float) -> float:
+    """The mean of the square of a perturbation of ``size`` codes."""
+    whole = math.floor(size)
+    return whole**2 + (2 * whole + 1) * (size - whole)
+
+
+@contextlib.contextmanager
+def moved(model: nn.Module, moves: Mapping[PackedWeight, Move]) -> Iterator[None]:
+    """Inside, these weights of ``model`` are unpacked as their moves make them; what is stored is not
+    touched."""
+    try:
+        for weight, move in moves.items():
+            weight.__class__, weight.move = _Moved, move  # type: ignore[assignment]
+        forget_operands(model)
+        yield
+    finally:
+        for weight in moves:
+            weight.__class__ = PackedWeight
+            weight.__dict__.pop("move", None)
+        forget_operands(model)
+
+
+@torch.no_grad()
+def update(
+    weight: PackedWeight, size: float, terms: Sequence[Term], rounding: Key, residual: Tensor | None = None
+) -> tuple[int, int]:
+    """codes += the sum over terms of amount * d, in codes, rounded stochastically; with a ``residual`` (int8,
+    numel) to nearest, and what was cut off is carried to the next step. Returns (codes that changed, codes
+    that the end of the grid held back).
+    """
+    changed = held = 0
+    if len(weight.form.runs) > 1:  # runs begin within bytes: the weight is taken whole
+        codes = weight.integers()
+        lowest, highest = _bounds(weight, codes.device)
+        for rows in _pieces(weight.shape):
+            piece = codes.view(len(codes), -1)[rows]
+            low, high = (b if b.numel() == 1 else b[rows] for b in (lowest, highest))
+            found = _step(
+                piece, (rows.start or 0) * piece.shape[1], low, high, size, terms, rounding, residual
+            )
+            changed, held = changed + found[0], held + found[1]
+        weight.codes.copy_(pack_codes(codes, weight.form))
+        return changed, held
+    bits, (low, high, _), _ = weight.form.runs[0]
+    ends = [torch.tensor(end, dtype=torch.int16, device=weight.codes.device) for end in (low, high)]
+    count = weight.shape.numel()
+    for first in range(0, count, BLOCK):  # a multiple of 8: whole bytes at every width
+        size_here = min(BLOCK, count - first)
+        at = slice(first * bits // 8, first * bits // 8 + packed_size(size_here, bits))
+        piece = unpack(weight.codes[at], bits, size_here, low)
+        found = _step(piece, first, *ends, size, terms, rounding, residual)
+        if found[0]:
+            weight.codes[at] = pack(piece, bits, low)
+        changed, held = changed + found[0], held + found[1]
+    return changed, held
+
+
+def _step(
+    piece: Tensor,
+    first: int,
+    low: Tensor,
+    high: Tensor,
+    size: float,
+    terms: Sequence[Term],
+    rounding: Key,
+    residual: Tensor | None,
+) -> tuple[int, int]:
+    """Move the codes of a piece, in place, whose first element is number ``first``."""
+    index = torch.arange(first, first + piece.numel(), dtype=torch.int32, device=piece.device)
+    total = torch.zeros(piece.numel(), device=piece.device)
+    for term in terms:
+        total.add_(perturbation(term.key, index.clone(), size), alpha=term.amount)
+    if residual is None:
+        whole = total.add_(uniform(rounding, index)).floor_()
+    else:
+        carried = residual[first : first + piece.numel()]
+        total.add_(carried, alpha=1 / RESIDUAL)
+        whole = total.round()
+    wanted = piece + whole.clamp_(-512, 512).to(torch.int16).view(piece.shape)
+    new = torch.minimum(torch.maximum(wanted, low), high)
+    if residual is not None:
+        left = total.sub_(whole).mul_(RESIDUAL).round_().clamp_(-127, 127)
+        carried.copy_(
+            left.masked_fill_((new != wanted).view(-1), 0)
+        )  # what the end of the grid cuts off is gone
+    changed, held = int((new != piece).sum()), int((new != wanted).sum())
+    piece.copy_(new)
+    return changed, held
+
+
+def _bounds(weight: PackedWeight, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Lowest and highest code, int16: (), or (out, 1) where channels have widths of their own."""
+    runs = weight.form.runs
+    if len(runs) == 1:
+        low, high, _ = runs[0][1]
+        return tuple(torch.tensor(b, dtype=torch.int16, device=device) for b in (low, high))  # type: ignore[return-value]
+    found = torch.empty(2, weight.shape[0], 1, dtype=torch.int16, device=device)
+    for _, (low, high, _), at in runs:
+        found[0, at], found[1, at] = low, high
+    return found[0], found[1]
+
+
+def _pieces(shape: Any) -> Iterator[slice]:
+    """Rows of a weight, about BLOCK elements at a time."""
+    each = max(1, BLOCK // max(math.prod(shape[1:]), 1))
+    for first in range(0, shape[0], each):
+        yield slice(first, min(first + each, shape[0]))
