@@ -304,7 +304,8 @@ def test_codes_are_never_written_before_the_step(bits: int, kernels: bool) -> No
 
 @pytest.mark.parametrize("residual", [False, True])
 def test_steps_of_codes_are_right_in_the_mean(residual: bool) -> None:
-    """Of a linear function of the values: each code moves against its gradient, by lr * g / s in units of v."""
+    """Of a linear function of the values: each code moves against its gradient, by lr * g / s in units of
+    v."""
     model = nn.Sequential(nn.Linear(64, 8, bias=False))
     bs.prepare(model, weights=bs.Scheme(bits=4), first_last_bits=None)
     model = bs.finalize(model, torch.zeros(1, 64))
@@ -469,7 +470,7 @@ def test_parts_and_layers_choose_what_trains(trained: nn.Module) -> None:
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {"2.weight", "2.bias"}
     assert [group["name"] for group in optimizer.param_groups] == ["weights", "biases"]
-    assert set(PARTS) == {"weights", "scales", "biases", "norms"}
+    assert set(PARTS) == {"weights", "scales", "biases", "others", "transforms"}
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], type[BitsmithError], str]] = {

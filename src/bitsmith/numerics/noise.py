@@ -1,9 +1,10 @@
 """Directions for training without gradients: random numbers that are computed from a key, never stored.
 
-Element i of a direction is a function of the key and of i alone, so that a direction can be made again at any time,
-in pieces, in any order, on any device. A generator gives its numbers in one order only, and the same seed
-other numbers on another device. Words are 32 bits of murmur3's finalizer, as in `rounding.hash_uniform`, of
-``start + i * stride``: with a stride of its own no key's sequence is another one's, shifted.
+Element i of a direction is a function of the key and of i alone, so that a direction can be made again at
+any time, in pieces, in any order, on any device. A generator gives its numbers in one order only, and the
+same seed other numbers on another device. Words are 32 bits of murmur3's finalizer, as in
+`rounding.hash_uniform`, of ``start + i * stride``: with a stride of its own no key's sequence is another
+one's, shifted.
 
     normal   N(0, 1), cut at 4.9: two numbers of one word by Box and Muller, from 2^16 radii and angles
     signs    -1 or 1, each with probability 1/2: 32 numbers of one word

@@ -1,9 +1,10 @@
 """Moving packed weights, which are codes alone: forward-only training without a float weight.
 
-A perturbation is whole codes, d = +-n with n the size of the perturbation rounded stochastically (QuZO, 2502.12346). It
-is added while a forward unpacks the weight, and never written: clamping to the grid needs no undoing, and what
-is stored stays as it was until a step is decided, whatever interrupts it. A step reads, moves and packs
-some codes at a time. Random numbers are made for the codes at hand, also for single rows of an embedding.
+A perturbation is whole codes, d = +-n with n the size of the perturbation rounded stochastically (QuZO,
+2502.12346). It is added while a forward unpacks the weight, and never written: clamping to the grid needs
+no undoing, and what is stored stays as it was until a step is decided, whatever interrupts it. A step
+reads, moves and packs some codes at a time. Random numbers are made for the codes at hand, also for single
+rows of an embedding.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from bitsmith.quantization.integer_layers import PackedWeight, pack_codes
 from bitsmith.quantization.integer_products import forget_operands
 
 RESIDUAL = 254  # an int8 residual counts in codes / 254: half a code is 127
+MOST = 512  # codes that a step goes at most: more than any grid has, and int16 holds it
 
 
 @dataclass(frozen=True)
@@ -101,63 +103,49 @@ def update(
     that the end of the grid held back).
     """
     changed = held = 0
+    lowest, highest = _bounds(weight, weight.codes.device)
     if len(weight.form.runs) > 1:  # runs begin within bytes: the weight is taken whole
         codes = weight.integers()
-        lowest, highest = _bounds(weight, codes.device)
-        for rows in _pieces(weight.shape):
-            piece = codes.view(len(codes), -1)[rows]
-            low, high = (b if b.numel() == 1 else b[rows] for b in (lowest, highest))
-            found = _step(
-                piece, (rows.start or 0) * piece.shape[1], low, high, size, terms, rounding, residual
-            )
-            changed, held = changed + found[0], held + found[1]
+        rows = codes.view(len(codes), -1)
+        for at in _pieces(weight.shape):
+            wanted = rows[at] + _steps(rows[at], at.start * rows.shape[1], size, terms, rounding, residual)
+            new = torch.minimum(torch.maximum(wanted, lowest[at]), highest[at])
+            changed, held = changed + _differ(new, rows[at]), held + _differ(new, wanted)
+            rows[at] = new
         weight.codes.copy_(pack_codes(codes, weight.form))
         return changed, held
-    bits, (low, high, _), _ = weight.form.runs[0]
-    ends = [torch.tensor(end, dtype=torch.int16, device=weight.codes.device) for end in (low, high)]
-    count = weight.shape.numel()
-    for first in range(0, count, BLOCK):  # a multiple of 8: whole bytes at every width
-        size_here = min(BLOCK, count - first)
-        at = slice(first * bits // 8, first * bits // 8 + packed_size(size_here, bits))
-        piece = unpack(weight.codes[at], bits, size_here, low)
-        found = _step(piece, first, *ends, size, terms, rounding, residual)
-        if found[0]:
-            weight.codes[at] = pack(piece, bits, low)
-        changed, held = changed + found[0], held + found[1]
+    bits, (low, _, _), _ = weight.form.runs[0]
+    for first in range(0, weight.shape.numel(), BLOCK):  # a multiple of 8: whole bytes at every width
+        count = min(BLOCK, weight.shape.numel() - first)
+        stored = weight.codes[first * bits // 8 : first * bits // 8 + packed_size(count, bits)]
+        piece = unpack(stored, bits, count, low)
+        wanted = piece + _steps(piece, first, size, terms, rounding, residual)
+        new = torch.minimum(torch.maximum(wanted, lowest), highest)
+        if moved_here := _differ(new, piece):
+            stored.copy_(pack(new, bits, low))
+        changed, held = changed + moved_here, held + _differ(new, wanted)
     return changed, held
 
 
-def _step(
-    piece: Tensor,
-    first: int,
-    low: Tensor,
-    high: Tensor,
-    size: float,
-    terms: Sequence[Term],
-    rounding: Key,
-    residual: Tensor | None,
-) -> tuple[int, int]:
-    """Move the codes of a piece, in place, whose first element is number ``first``."""
-    index = torch.arange(first, first + piece.numel(), dtype=torch.int32, device=piece.device)
-    total = torch.zeros(piece.numel(), device=piece.device)
+def _steps(
+    like: Tensor, first: int, size: float, terms: Sequence[Term], rounding: Key, residual: Tensor | None
+) -> Tensor:
+    """Whole codes to go, int16 in the shape of ``like``, whose first element is number ``first``."""
+    index = torch.arange(first, first + like.numel(), dtype=torch.int32, device=like.device)
+    total = torch.zeros(like.numel(), device=like.device)
     for term in terms:
         total.add_(perturbation(term.key, index.clone(), size), alpha=term.amount)
     if residual is None:
         whole = total.add_(uniform(rounding, index)).floor_()
     else:
-        carried = residual[first : first + piece.numel()]
-        total.add_(carried, alpha=1 / RESIDUAL)
-        whole = total.round()
-    wanted = piece + whole.clamp_(-512, 512).to(torch.int16).view(piece.shape)
-    new = torch.minimum(torch.maximum(wanted, low), high)
-    if residual is not None:
-        left = total.sub_(whole).mul_(RESIDUAL).round_().clamp_(-127, 127)
-        carried.copy_(
-            left.masked_fill_((new != wanted).view(-1), 0)
-        )  # what the end of the grid cuts off is gone
-    changed, held = int((new != piece).sum()), int((new != wanted).sum())
-    piece.copy_(new)
-    return changed, held
+        carried = residual[first : first + like.numel()]
+        whole = total.add_(carried, alpha=1 / RESIDUAL).round()
+        carried.copy_(total.sub_(whole).mul_(RESIDUAL).round_())
+    return whole.clamp_(-MOST, MOST).to(torch.int16).view(like.shape)
+
+
+def _differ(a: Tensor, b: Tensor) -> int:
+    return int((a != b).sum())
 
 
 def _bounds(weight: PackedWeight, device: torch.device) -> tuple[Tensor, Tensor]:

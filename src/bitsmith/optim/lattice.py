@@ -1,10 +1,11 @@
 """Moving a float tensor along directions that are made as they are needed, and back without a trace.
 
-In floats (w + d) - d is not w, and a copy of w would be the memory that training without gradients is to save.
-So the tensor lives on a lattice: multiples of a power of two h, at most 2^24 of them to either side, between which
-sums and differences of float32 are exact. A perturbation is rounded to the lattice, and taking it back gives the
-same bits, however often. The price is paid once: values are rounded to multiples of h, about 2^-22 of
-the largest. MeZO (2305.17333) and ZeroQAT (2509.00031) restore up to rounding and drift.
+In floats (w + d) - d is not w, and a copy of w would be the memory that training without gradients is to
+save. So the tensor lives on a lattice: multiples of a power of two h, at most 2^24 of them to either side,
+between which sums and differences of float32 are exact. A perturbation is rounded to the lattice, and
+taking it back gives the same bits, however often. The price is paid once: values are rounded to multiples
+of h, about 2^-22 of the largest. MeZO (2305.17333) and ZeroQAT (2509.00031) restore up to rounding and
+drift.
 
 Updates are rounded to the lattice stochastically, so that steps far below h count in the mean, which plain
 float32 addition does not give. Pieces of `noise.BLOCK` elements are worked on at a time: no direction
@@ -61,7 +62,8 @@ def check(where: str, tensor: Tensor) -> None:
 
 def in_memory_order(where: str, tensor: Tensor) -> Tensor:
     """All elements as one axis, sharing memory; channels_last too. SchemeError where there are gaps."""
-    order = sorted(range(tensor.ndim), key=lambda axis: (-tensor.stride(axis), axis))
+    strides = tensor.stride()
+    order = sorted(range(tensor.ndim), key=lambda axis: (-strides[axis], axis))
     flat = tensor.detach().permute(order)
     if not flat.is_contiguous():
         raise SchemeError(
@@ -90,8 +92,8 @@ def update(
     decay: float = 0.0,
 ) -> float:
     """flat (n,) += sum of amount * u over terms - decay * flat, rounded stochastically to multiples of h,
-    after the perturbation along ``back``, the direction of one of the terms, is added: it takes back L-'s, and
-    is made once for both. Returns h, or a coarser one where the tensor has outgrown it.
+    after the perturbation along ``back``, the direction of one of the terms, is added: it takes back L-'s,
+    and is made once for both. Returns h, or a coarser one where the tensor has outgrown it.
     """
     largest, count = 0.0, flat.numel()
     # The same dither for all pieces, turned by a number of each: uniform for every element, and cheap.

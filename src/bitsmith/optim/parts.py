@@ -1,13 +1,13 @@
 """Which tensors of a model a forward-only optimizer moves.
 
     part         of a prepared model                          of a packed one (`finalize`, `load`)
-    weights      latent float weights of quantized layers     their codes (and weights left in float)
+    weights      latent float weights of quantized layers     their codes
     scales       learned ranges, zero points, level tables    scales of weights and of activations
     biases       of quantized layers                          of packed layers
-    norms        parameters of all other modules              the same
+    others       parameters of all other modules: norms       the same, and weights left in float
+    transforms   what quantization.smoothing has added        nothing: it was folded
 
-A model with both kinds of layers, as `pack_rest` makes it, trains those that are not packed. Smoothing and
-clipping (post_training.smoothing) count as scales.
+A model with both kinds of layers, as `pack_rest` makes it, trains those that are not packed.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from bitsmith.quantization.integer_layers import (
 )
 from bitsmith.quantization.layers import QuantLayer
 from bitsmith.quantization.quantizer import Quantizer, check_calibrated
+from bitsmith.quantization.smoothing import transformations
 
-PARTS = ("weights", "scales", "biases", "norms")
+PARTS = ("weights", "scales", "biases", "others", "transforms")
 LIGHT = ("*q_proj", "*v_proj", "*query", "*value")  # what ZeroQAT's light variant trains
 
 Found = dict[str, dict[str, Tensor | PackedWeight]]  # part -> name -> what is moved
@@ -56,18 +57,22 @@ def trained_parts(model: nn.Module, layers: Sequence[str] | None, parts: Sequenc
 
     def add(part: str, name: str, tensor: Any) -> None:
         trains = not isinstance(tensor, nn.Parameter) or tensor.requires_grad or not live
-        if part in found and tensor is not None and trains and id(tensor) not in seen:
-            seen.add(id(tensor))
+        if tensor is None or not trains or id(tensor) in seen:
+            return
+        seen.add(id(tensor))  # also of a part that nobody asked for: a tensor belongs to one
+        if part in found:
             found[part][name] = tensor
 
     for name in chosen:
+        for own, parameter in transformations(of[name]).items():
+            add("transforms", f"{name}.{own}", parameter)
         (_add_prepared if live else _add_packed)(add, name, of[name])
     if layers is None:
         inside = {id(inner) for layer in (*live.values(), *packed.values()) for inner in layer.modules()}
         for name, module in model.named_modules():
             if id(module) not in inside:
                 for own, parameter in module.named_parameters(name, recurse=False):
-                    add("norms", own, parameter)
+                    add("others", own, parameter)
     found = {part: tensors for part, tensors in found.items() if tensors}
     if not found:
         raise SiteError(
@@ -85,16 +90,14 @@ def _add_prepared(add: Any, name: str, layer: Any) -> None:
     for inner_name, inner in layer.named_modules(prefix=name):
         if isinstance(inner, Quantizer):
             for own, parameter in inner.named_parameters(inner_name, recurse=False):
-                add("scales", own, parameter)
-    for own in getattr(layer, "SCALES", ()):
-        add("scales", f"{name}.{own}", getattr(layer, own))
+                add("scales", own, parameter)  # clipping was seen before, among the transforms
 
 
 def _add_packed(add: Any, name: str, layer: Any) -> None:
     if not isinstance(layer, IntegerMatMul):
         weight = layer.weight
         if isinstance(weight, FloatWeight):
-            add("weights", f"{name}.weight.values", weight.values)
+            add("others", f"{name}.weight.values", weight.values)
         else:
             add("weights", f"{name}.weight", weight)
             add("scales", f"{name}.weight.scale", weight.scale)

@@ -1,17 +1,20 @@
-"""ZerothOrder: training with forward passes alone. ZeroQAT (2509.00031), MeZO (2305.17333), QuZO (2502.12346).
+"""ZerothOrder: training with forward passes alone. ZeroQAT (2509.00031), MeZO (2305.17333), QuZO
+(2502.12346).
 
     for each of q directions u, of the key (seed, step, direction, tensor):
         L+ = L(W + eps u),  L- = L(W - eps u)                 weights are moved before they are quantized
     g = 1/q sum of (L+ - L-) / (2 eps) * u                    never there: u is made anew, in pieces
     W <- W - lr * g
 
-Float tensors are moved on a lattice and restored to the bit (lattice); codes of packed layers are moved by whole
-codes while they are unpacked (codes). Which tensors of a model are moved: parts. No gradient, no activation and
-no direction is kept; momentum is the sum over the last steps' directions, made anew from their keys.
+Float tensors are moved on a lattice and restored to the bit (lattice); codes of packed layers are moved by
+whole codes while they are unpacked (codes). Which tensors of a model are moved: parts. No gradient, no
+activation and no direction is kept; momentum is the sum over the last steps' directions, made anew from
+their keys.
 
-How it differs from the papers. Restored weights are the same bits. Directions are signs by default, the least
-noisy ones with E[uu'] = I (a normal direction adds 2 g_i^2 to the variance of element i); "normal" is the papers'.
-``unit`` "rms" measures eps and lr in each tensor's own size. ``normalize`` divides L+ - L- by its running size.
+How it differs from the papers. Restored weights are the same bits. Directions are signs by default, the
+least noisy ones with E[uu'] = I (a normal direction adds 2 g_i^2 to the variance of element i); "normal" is
+the papers'. ``unit`` "rms" measures eps and lr in each tensor's own size. ``normalize`` divides L+ - L- by
+its running size.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ from bitsmith.quantization.integer_layers import PackedWeight
 from bitsmith.quantization.layers import in_eval_mode
 
 UNITS = ("one", "rms")
+EPS, EPS_OF_CODES = 1e-3, 0.5
 SIZE_DECAY = 0.95  # of the running mean square of L+ - L-, where `normalize` divides by its root
 
 Closure = Callable[[], Any]
@@ -53,19 +57,21 @@ class ZerothOrder(torch.optim.Optimizer):
     target: a model, whose ``parts`` (see optim.parts) in the ``layers`` that match a glob are trained; or
     tensors or torch's parameter groups. lr, eps: one for all, or by part; a scheduler may change both in
     ``param_groups``. Of float tensors they count in ``unit``: "one", or "rms", the size of each tensor when
-    training starts; of codes in codes, times 2^(bits - 4) above 4 bits. directions: q. momentum: β of
+    training starts; of codes in codes, times 2^(bits - 4) above 4 bits. eps None: 1e-3, the papers', of
+    floats, and half a code. directions: q. momentum: β of
     g_t + β g_(t-1) + ... over ``history`` further steps: no memory, but time. normalize: lr is then
     the size of a step in units. residual: an int8 per code, which carries what rounding cut off.
 
-    Memory is that of a forward pass and a piece of a direction. Raises SchemeError (a value out of range, a tensor
-    that is not float32, no closure), SiteError (nothing to train), TrainingDiverged (a loss that is not finite).
+    Memory is that of a forward pass and a piece of a direction. Raises SchemeError (a value out of range, a
+    tensor that is not float32, no closure), SiteError (nothing to train), TrainingDiverged (a loss that is
+    not finite).
     """
 
     def __init__(
         self,
         target: nn.Module | Iterable[Any],
         lr: Value,
-        eps: Value = 1e-3,
+        eps: Value | None = None,
         *,
         directions: int = 1,
         noise: str = "signs",
@@ -103,7 +109,7 @@ class ZerothOrder(torch.optim.Optimizer):
             raise SiteError(
                 "there is no tensor to train", where="ZerothOrder", remedy="Pass a model or tensors"
             )
-        super().__init__(groups, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(groups, {"lr": lr, "eps": EPS if eps is None else eps, "weight_decay": weight_decay})
         for group, tensor in self._tensors():
             check_value("lr", group["lr"], _positive(group["lr"], zero=True), "a finite number, 0 or more")
             check_value("eps", group["eps"], _positive(group["eps"]), "a finite number above 0")
@@ -111,15 +117,20 @@ class ZerothOrder(torch.optim.Optimizer):
         self._lay_lattices()
 
     def _groups(
-        self, target: Any, layers: Sequence[str] | None, parts: Sequence[str], lr: Value, eps: Value
+        self, target: Any, layers: Sequence[str] | None, parts: Sequence[str], lr: Value, eps: Value | None
     ) -> list[Any]:
         if self.model is None:
             return list(target)
         groups = []
         for part, tensors in trained_parts(self.model, layers, parts).items():
-            self.packed |= {id(t.codes): t for t in tensors.values() if isinstance(t, PackedWeight)}
+            packed = {id(t.codes): t for t in tensors.values() if isinstance(t, PackedWeight)}
+            self.packed |= packed
             held = [t.codes if isinstance(t, PackedWeight) else t for t in tensors.values()]
-            settings = {name: _of_part(name, value, part) for name, value in (("lr", lr), ("eps", eps))}
+            start = EPS_OF_CODES if packed else EPS
+            settings = {
+                "lr": _of_part("lr", lr, part),
+                "eps": _of_part("eps", start if eps is None else eps, part),
+            }
             groups.append({"params": held, "name": part, **settings})
         return groups
 

@@ -162,7 +162,8 @@ def run_on_kernels(model: nn.Module) -> list[str]:
 
 
 def forget_operands(model: nn.Module) -> None:
-    """Let go of what the layers of ``model`` packed for kernels: the next forward packs their weights anew."""
+    """Let go of what the layers of ``model`` packed for kernels: the next forward packs their weights
+    anew."""
     for layer in model.modules():
         if isinstance(layer, _WithOperands):
             layer._operands = None
