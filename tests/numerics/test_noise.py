@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from bitsmith.numerics.noise import BLOCK, NOISES, REACH, key, uniform, uniform_run
+from bitsmith.numerics.noise import BLOCK, NOISES, REACH, energy, key, steps, uniform, uniform_run
 
 COUNT = 4 * BLOCK  # 2^18
 
@@ -79,3 +79,14 @@ def test_keys_differ_in_every_number_and_its_place() -> None:
     keys = {key(a, b, c) for a in range(8) for b in range(8) for c in range(8)}
     assert len(keys) == 512
     assert all(stride % 2 for _, stride in keys)
+
+
+@pytest.mark.parametrize("size", [0.02, 0.5, 1.0, 2.3, 16.0])
+def test_whole_steps_have_the_size_and_energy_they_say(size: float) -> None:
+    found = steps(key(2), torch.arange(COUNT, dtype=torch.int32), size).double()
+    assert set(found.abs().unique().tolist()) <= {math.floor(size), math.ceil(size)}
+    assert abs(float(found.mean())) < 5 * math.sqrt(energy(size) / COUNT)
+    assert float(found.abs().mean()) == pytest.approx(size, abs=5 / math.sqrt(COUNT))
+    assert float(found.square().mean()) == pytest.approx(
+        energy(size), abs=10 * size / math.sqrt(COUNT) + 5e-3
+    )

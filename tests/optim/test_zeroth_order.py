@@ -400,7 +400,7 @@ def test_no_direction_is_ever_there_as_a_whole(noise: str) -> None:
     with Largest() as largest:
         for _ in range(2):
             optimizer.step(lambda: 1.0)
-    assert 0 < largest.bytes <= 4 * BLOCK  # of 160 in the tensor
+    assert 0 < largest.bytes <= 5 * BLOCK  # of 160 in the tensor
 
 
 def test_a_step_of_codes_makes_nothing_larger_than_a_forward_does() -> None:

@@ -67,9 +67,28 @@ def normal(of: Key, first: int, count: int, device: torch.device | None = None) 
 def signs(of: Key, first: int, count: int, device: torch.device | None = None) -> Tensor:
     """As `normal`, of -1 and 1."""
     at = torch.arange(first // 32, (first + count + 31) // 32, dtype=torch.int32, device=device)
-    bits = torch.arange(32, dtype=torch.int32, device=device)
-    found = (words(of, at)[:, None] >> bits).bitwise_and_(1)
-    return found.view(-1)[:count].float().mul_(2).sub_(1)
+    octets = words(of, at).view(torch.uint8).to(torch.int32)
+    bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)
+    return ((bits & 1) * 2.0 - 1).index_select(0, octets).view(-1)[:count]  # the fastest way to unpack bits
+
+
+def steps(of: Key, index: Tensor, size: float) -> Tensor:
+    """Whole numbers for each index, an int32 tensor, which is overwritten: a sign times ``size``, rounded up
+    with the probability that makes its mean ``size``. int16; the mean of their square is `energy`."""
+    h = words(of, index)
+    whole = math.floor(size)
+    above = 2**31 - round((size - whole) * 2**31)  # of |h|, beyond which it is rounded up
+    if above > 2**31 - 1:
+        found = torch.zeros_like(h, dtype=torch.int16)
+    else:
+        found = (h >= above).to(torch.int16).sub_((h < -above).to(torch.int16))
+    return found.add_((h >= 0).to(torch.int16).mul_(2).sub_(1), alpha=whole) if whole else found
+
+
+def energy(size: float) -> float:
+    """The mean of the square of `steps` of ``size``."""
+    whole = math.floor(size)
+    return whole**2 + (2 * whole + 1) * (size - whole)
 
 
 Noise = Callable[[Key, int, int, torch.device | None], Tensor]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitsmith.numerics.noise import BLOCK, Key, uniform
+from bitsmith.numerics.noise import BLOCK, Key, steps, uniform
 from bitsmith.numerics.pack import pack, packed_size, unpack
 from bitsmith.optim.lattice import Term
 from bitsmith.quantization.integer_layers import PackedWeight, pack_codes
@@ -44,15 +44,13 @@ class _Moved(PackedWeight):
 
     def integers(self) -> Tensor:
         codes = super().integers()
-        flat = codes.view(len(codes), -1)
-        lowest, highest = _bounds(self, codes.device)
-        for rows in _pieces(self.shape):
-            piece = flat[rows]
-            first = (rows.start or 0) * flat.shape[1]
-            index = torch.arange(first, first + piece.numel(), dtype=torch.int32, device=codes.device)
-            step = perturbation(self.move.key, index, self.move.size).view(piece.shape)
-            low, high = (b if b.numel() == 1 else b[rows] for b in (lowest, highest))
-            piece.copy_(torch.minimum(torch.maximum(piece + self.move.sign * step, low), high))
+        rows = codes.view(len(codes), -1)
+        low, high = _bounds(self, codes.device)
+        for at in _pieces(self.shape):
+            first = at.start * rows.shape[1]
+            index = torch.arange(first, first + rows[at].numel(), dtype=torch.int32, device=codes.device)
+            step = steps(self.move.key, index, self.move.size).view(rows[at].shape)
+            rows[at].add_(step, alpha=self.move.sign).clamp_(_of(low, at), _of(high, at))
         return codes
 
     def _looked_up(self, packed: Tensor, length: int, index: Tensor) -> Tensor:
@@ -60,22 +58,9 @@ class _Moved(PackedWeight):
         if packed is not self.codes:
             return codes
         at = index[:, None] * length + torch.arange(length, device=index.device)
-        step = perturbation(self.move.key, at.to(torch.int32), self.move.size)
-        low, high = (b if b.numel() == 1 else b[index] for b in _bounds(self, codes.device))
-        return torch.minimum(torch.maximum(codes + self.move.sign * step, low), high)
-
-
-def perturbation(key: Key, index: Tensor, size: float) -> Tensor:
-    """Int16 d for each index (overwritten): sign * (size rounded up with the probability that makes its mean
-    ``size``). Its square has the mean `energy`."""
-    found = uniform(key, index).mul_(2).sub_(1)  # the sign, and what is left of it is uniform again
-    return (found.abs().add_(size).floor_() * found.sign()).to(torch.int16)
-
-
-def energy(size: float) -> float:
-    """The mean of the square of a perturbation of ``size`` codes."""
-    whole = math.floor(size)
-    return whole**2 + (2 * whole + 1) * (size - whole)
+        step = steps(self.move.key, at.to(torch.int32), self.move.size)
+        low, high = (_of(bound, index) for bound in _bounds(self, codes.device))
+        return codes.add_(step, alpha=self.move.sign).clamp_(low, high)
 
 
 @contextlib.contextmanager
@@ -103,38 +88,38 @@ def update(
     that the end of the grid held back).
     """
     changed = held = 0
-    lowest, highest = _bounds(weight, weight.codes.device)
+    low, high = _bounds(weight, weight.codes.device)
     if len(weight.form.runs) > 1:  # runs begin within bytes: the weight is taken whole
         codes = weight.integers()
         rows = codes.view(len(codes), -1)
         for at in _pieces(weight.shape):
-            wanted = rows[at] + _steps(rows[at], at.start * rows.shape[1], size, terms, rounding, residual)
-            new = torch.minimum(torch.maximum(wanted, lowest[at]), highest[at])
+            wanted = rows[at] + _step(rows[at], at.start * rows.shape[1], size, terms, rounding, residual)
+            new = wanted.clamp(_of(low, at), _of(high, at))
             changed, held = changed + _differ(new, rows[at]), held + _differ(new, wanted)
             rows[at] = new
         weight.codes.copy_(pack_codes(codes, weight.form))
         return changed, held
-    bits, (low, _, _), _ = weight.form.runs[0]
+    bits = weight.form.runs[0][0]
     for first in range(0, weight.shape.numel(), BLOCK):  # a multiple of 8: whole bytes at every width
         count = min(BLOCK, weight.shape.numel() - first)
         stored = weight.codes[first * bits // 8 : first * bits // 8 + packed_size(count, bits)]
-        piece = unpack(stored, bits, count, low)
-        wanted = piece + _steps(piece, first, size, terms, rounding, residual)
-        new = torch.minimum(torch.maximum(wanted, lowest), highest)
+        piece = unpack(stored, bits, count, int(low))
+        wanted = piece + _step(piece, first, size, terms, rounding, residual)
+        new = wanted.clamp(low, high)
         if moved_here := _differ(new, piece):
-            stored.copy_(pack(new, bits, low))
+            stored.copy_(pack(new, bits, int(low)))
         changed, held = changed + moved_here, held + _differ(new, wanted)
     return changed, held
 
 
-def _steps(
+def _step(
     like: Tensor, first: int, size: float, terms: Sequence[Term], rounding: Key, residual: Tensor | None
 ) -> Tensor:
     """Whole codes to go, int16 in the shape of ``like``, whose first element is number ``first``."""
     index = torch.arange(first, first + like.numel(), dtype=torch.int32, device=like.device)
     total = torch.zeros(like.numel(), device=like.device)
     for term in terms:
-        total.add_(perturbation(term.key, index.clone(), size), alpha=term.amount)
+        total.add_(steps(term.key, index.clone(), size), alpha=term.amount)
     if residual is None:
         whole = total.add_(uniform(rounding, index)).floor_()
     else:
@@ -148,16 +133,20 @@ def _differ(a: Tensor, b: Tensor) -> int:
     return int((a != b).sum())
 
 
-def _bounds(weight: PackedWeight, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Lowest and highest code, int16: (), or (out, 1) where channels have widths of their own."""
+def _bounds(weight: PackedWeight, device: torch.device) -> tuple[Any, Any]:
+    """Lowest and highest code: integers, or int16 (out, 1) where channels have widths of their own."""
     runs = weight.form.runs
     if len(runs) == 1:
         low, high, _ = runs[0][1]
-        return tuple(torch.tensor(b, dtype=torch.int16, device=device) for b in (low, high))  # type: ignore[return-value]
+        return low, high
     found = torch.empty(2, weight.shape[0], 1, dtype=torch.int16, device=device)
     for _, (low, high, _), at in runs:
         found[0, at], found[1, at] = low, high
     return found[0], found[1]
+
+
+def _of(bound: Any, rows: Any) -> Any:
+    return bound[rows] if isinstance(bound, Tensor) else bound
 
 
 def _pieces(shape: Any) -> Iterator[slice]:

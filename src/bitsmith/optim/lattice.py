@@ -26,6 +26,7 @@ from bitsmith.numerics.noise import BLOCK, NOISES, REACH, Key, uniform_run
 
 EXACT = {torch.float32: 24, torch.float64: 53}  # bits of a sum of integers that stays exact
 ROOM = 2  # bits that a tensor may grow by before its lattice is made coarser
+OFFSETS = 4096  # places where a dither may begin
 LEAST = 8  # multiples of h that a unit of perturbation has to be, or rounding would spoil its direction
 
 
@@ -72,13 +73,18 @@ def in_memory_order(where: str, tensor: Tensor) -> Tensor:
     return flat.view(-1)
 
 
+def snap(flat: Tensor, h: float) -> None:
+    """Round flat (n,) to multiples of h."""
+    for first in range(0, flat.numel(), BLOCK):
+        flat[first : first + BLOCK].div_(h).round_().mul_(h)
+
+
 def perturb(flat: Tensor, h: float, size: float, key: Key, times: int, noise: str) -> None:
-    """flat (n,) += times * h * round(size * u / h), with flat rounded to the lattice before: where it lies on
-    it, as after the first of these, that changes nothing."""
+    """flat (n,), on the lattice, += times * h * round(size * u / h)."""
     for first in range(0, flat.numel(), BLOCK):
         piece = flat[first : first + BLOCK]
-        piece.div_(h).round_().mul_(h)
-        piece.add_(_step(_direction(piece, key, first, noise), size, h), alpha=h * times)
+        direction = _direction(piece, key, first, noise)
+        _add_step(piece, direction, size, h, times, noise)
 
 
 def update(
@@ -96,27 +102,27 @@ def update(
     and is made once for both. Returns h, or a coarser one where the tensor has outgrown it.
     """
     largest, count = 0.0, flat.numel()
-    # The same dither for all pieces, turned by a number of each: uniform for every element, and cheap.
-    dither = uniform_run(rounding, 0, min(BLOCK, count), flat.device)
-    turns = uniform_run((rounding[1], rounding[0] | 1), 0, -(-count // BLOCK)).tolist()
-    for first, turn in zip(range(0, count, BLOCK), turns, strict=True):
+    # The same dither for all pieces, begun at another place in each: uniform for every element, and cheap.
+    dither = uniform_run(rounding, 0, min(BLOCK, count) + OFFSETS, flat.device).to(flat.dtype)
+    starts = uniform_run((rounding[1], rounding[0] | 1), 0, -(-count // BLOCK)).mul_(OFFSETS).long().tolist()
+    for first, start in zip(range(0, count, BLOCK), starts, strict=True):
         piece = flat[first : first + BLOCK]
-        total = torch.zeros_like(piece)
+        total = dither[start : start + len(piece)].clone()
         for term in terms:
             direction = _direction(piece, term.key, first, noise)
             total.add_(direction, alpha=term.amount / h)
             if term.key == back:
-                piece.add_(_step(direction, size, h), alpha=h)
+                _add_step(piece, direction, size, h, 1, noise)
         if decay:
             total.add_(piece, alpha=-decay / h)
-        piece.add_(total.add_((dither[: len(piece)] + turn).frac_()).floor_(), alpha=h)
-        largest = max(largest, float(piece.abs().amax()))
+        piece.add_(total.floor_(), alpha=h)
+        least, most = piece.aminmax()
+        largest = max(largest, -float(least), float(most))
     reach = reach_of(size, noise)
     if largest + reach <= 2.0 ** EXACT[flat.dtype] * h:
         return h
     h = max(h, _spacing(largest, reach, flat.dtype, ROOM))
-    for first in range(0, count, BLOCK):
-        flat[first : first + BLOCK].div_(h).round_().mul_(h)
+    snap(flat, h)
     return h
 
 
@@ -124,9 +130,12 @@ def _direction(piece: Tensor, key: Key, first: int, noise: str) -> Tensor:
     return NOISES[noise](key, first, len(piece), piece.device).to(piece.dtype)
 
 
-def _step(direction: Tensor, size: float, h: float) -> Tensor:
-    """The perturbation in multiples of h; ``direction`` is overwritten."""
-    return direction.mul_(size / h).round_()
+def _add_step(piece: Tensor, direction: Tensor, size: float, h: float, times: int, noise: str) -> None:
+    """piece += times * h * round(size * direction / h); ``direction`` may be overwritten."""
+    if noise == "signs":  # one step for all
+        piece.add_(direction, alpha=times * h * round(size / h))
+    else:
+        piece.add_(direction.mul_(size / h).round_(), alpha=times * h)
 
 
 def reach_of(size: float, noise: str) -> float:

@@ -36,7 +36,7 @@ from bitsmith.errors import (
     check_value,
     listing,
 )
-from bitsmith.numerics.noise import NOISES, Key, key
+from bitsmith.numerics.noise import NOISES, Key, energy, key
 from bitsmith.optim import codes, lattice
 from bitsmith.optim.lattice import Term
 from bitsmith.optim.parts import PARTS, trained_parts
@@ -45,6 +45,7 @@ from bitsmith.quantization.layers import in_eval_mode
 
 UNITS = ("one", "rms")
 EPS, EPS_OF_CODES = 1e-3, 0.5
+EXPONENTS = ("scales", "transforms")  # parameters that are logarithms, or nearly: their unit is one
 SIZE_DECAY = 0.95  # of the running mean square of L+ - L-, where `normalize` divides by its root
 
 Closure = Callable[[], Any]
@@ -57,10 +58,11 @@ class ZerothOrder(torch.optim.Optimizer):
     target: a model, whose ``parts`` (see optim.parts) in the ``layers`` that match a glob are trained; or
     tensors or torch's parameter groups. lr, eps: one for all, or by part; a scheduler may change both in
     ``param_groups``. Of float tensors they count in ``unit``: "one", or "rms", the size of each tensor when
-    training starts; of codes in codes, times 2^(bits - 4) above 4 bits. eps None: 1e-3, the papers', of
-    floats, and half a code. directions: q. momentum: β of
-    g_t + β g_(t-1) + ... over ``history`` further steps: no memory, but time. normalize: lr is then
-    the size of a step in units. residual: an int8 per code, which carries what rounding cut off.
+    training starts (of learned ranges and transformations, which are exponents, always one); of codes in
+    codes, times 2^(bits - 4) above 4 bits. eps None: 1e-3, the papers', of floats, and half a code.
+    directions: q. momentum: β of g_t + β g_(t-1) + ... over ``history`` further steps: no memory, but time.
+    normalize: lr is then the size of a step in units. residual: an int8 per code, which carries what
+    rounding cut off.
 
     Memory is that of a forward pass and a piece of a direction. Raises SchemeError (a value out of range, a
     tensor that is not float32, no closure), SiteError (nothing to train), TrainingDiverged (a loss that is
@@ -104,6 +106,9 @@ class ZerothOrder(torch.optim.Optimizer):
             0.0  # share of the codes that moved, held back by the end of their grid in the last step
         )
         self.packed: dict[int, PackedWeight] = {}  # id of the codes -> whose they are
+        self.written: dict[
+            int, int | None
+        ] = {}  # id of a float tensor -> its writes when it was on its lattice
         groups = self._groups(target, layers, parts, lr, eps)
         if not groups:
             raise SiteError(
@@ -111,9 +116,10 @@ class ZerothOrder(torch.optim.Optimizer):
             )
         super().__init__(groups, {"lr": lr, "eps": EPS if eps is None else eps, "weight_decay": weight_decay})
         for group, tensor in self._tensors():
+            exponents = group.get("name") in EXPONENTS and isinstance(tensor, nn.Parameter)
             check_value("lr", group["lr"], _positive(group["lr"], zero=True), "a finite number, 0 or more")
             check_value("eps", group["eps"], _positive(group["eps"]), "a finite number above 0")
-            self._start(tensor, unit, residual)
+            self._start(tensor, "one" if exponents else unit, residual)
         self._lay_lattices()
 
     def _groups(
@@ -165,6 +171,14 @@ class ZerothOrder(torch.optim.Optimizer):
             least = lattice.LEAST * state["spacing"] / state["unit"]
             check_value("eps", group["eps"], group["eps"] >= least, f"{least:.1e} or more for {where}")
 
+    def _snap(self) -> None:
+        """Put float tensors on their lattices that something else has written to."""
+        for _, tensor in self._tensors():
+            if id(tensor) not in self.packed and (
+                _writes(tensor) is None or self.written.get(id(tensor)) != _writes(tensor)
+            ):
+                lattice.snap(lattice.in_memory_order("", tensor), self.state[tensor]["spacing"])
+
     # ---- a step
 
     @torch.no_grad()
@@ -182,6 +196,7 @@ class ZerothOrder(torch.optim.Optimizer):
                 remedy="Call optimizer.step(lambda: loss(model(x), y))",
             )
         self._lay_lattices()
+        self._snap()
         halves, losses = [], []
         with contextlib.nullcontext() if self.model is None else in_eval_mode(self.model):
             for direction in range(self.directions):
@@ -253,7 +268,7 @@ class ZerothOrder(torch.optim.Optimizer):
             unit, decay = state["unit"], group["lr"] * group["weight_decay"]
             size = group["eps"] * unit
             # In v = W / unit, v <- v - lr (L+ - L-)/(2 eps) u. Of codes u is d / eps, and E[d^2] its eps^2.
-            eps = size if weight is None else math.sqrt(codes.energy(size))
+            eps = size if weight is None else math.sqrt(energy(size))
             factor = -group["lr"] * unit / (self.directions * (1 if weight is None else eps))
             factor *= 1 / math.sqrt(self.mean_square or 1.0) if self.normalize else unit / eps
             terms = [
@@ -270,6 +285,7 @@ class ZerothOrder(torch.optim.Optimizer):
             state["spacing"] = lattice.update(
                 flat, state["spacing"], size, last, terms, rounding, self.noise, decay
             )
+            self.written[id(tensor)] = _writes(tensor)
         self.saturated = held / max(changed + held, 1)
 
     # ---- saved and resumed
@@ -292,6 +308,11 @@ class ZerothOrder(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         self.seed, self.steps, self.mean_square = own["seed"], own["steps"], own["mean_square"]
         self.history = [(step, list(halves)) for step, halves in own["history"]]
+
+
+def _writes(tensor: Tensor) -> int | None:
+    """How often a tensor was written to; None where PyTorch does not count."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _of_part(name: str, value: Value, part: str) -> float:
