@@ -129,6 +129,19 @@ def test_a_tensor_that_grows_keeps_being_restored() -> None:
     assert torch.equal(w, before)
 
 
+def test_what_others_write_is_put_on_the_lattice_and_then_restored() -> None:
+    w = torch.randn(1000)
+    optimizer = ZerothOrder([w], lr=0.0)
+    optimizer.step(lambda: 1.0)
+    w.add_(torch.rand(1000))
+    for eps in (1e-3, 0.5, 0.01):  # as a schedule might
+        optimizer.param_groups[0]["eps"] = eps
+        optimizer.step(lambda: 1.0)
+        before = w.clone()
+        optimizer.step(lambda: 1.0)
+        assert torch.equal(w, before)
+
+
 def test_momentum_is_the_sum_of_the_steps_it_remembers() -> None:
     w, plain = START.clone(), START.clone()
     with_momentum = ZerothOrder([w], lr=0.01, momentum=0.5, history=2, seed=3)

@@ -39,7 +39,8 @@ class Term(NamedTuple):
 
 def spacing(tensor: Tensor, reach: float) -> float:
     """The h of a tensor whose elements are to be moved by up to ``reach`` and to have room to grow."""
-    largest = float(tensor.detach().abs().amax()) if tensor.numel() else 0.0
+    least, most = tensor.detach().aminmax() if tensor.numel() else (0.0, 0.0)
+    largest = max(-float(least), float(most))
     return _spacing(largest, reach, tensor.dtype, ROOM)
 
 

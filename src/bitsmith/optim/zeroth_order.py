@@ -99,16 +99,14 @@ class ZerothOrder(torch.optim.Optimizer):
         self.directions, self.noise, self.momentum = directions, noise, momentum
         self.normalize, self.seed, self.kept = normalize, seed, history
         self.steps, self.mean_square = 0, 0.0
-        self.history: list[
-            tuple[int, list[float]]
-        ] = []  # (step, (L+ - L-)/2 of each direction), latest first
+        self.history: list[tuple[int, list[float]]] = []  # latest first: step, (L+ - L-)/2 by direction
         self.saturated = (
-            0.0  # share of the codes that moved, held back by the end of their grid in the last step
+            0.0  # of the codes that were to move in the last step, those at the end of their grid
         )
-        self.packed: dict[int, PackedWeight] = {}  # id of the codes -> whose they are
+        self.packed: dict[int, PackedWeight] = {}  # by id of the codes
         self.written: dict[
             int, int | None
-        ] = {}  # id of a float tensor -> its writes when it was on its lattice
+        ] = {}  # by id of a float tensor: its writes when last on its lattice
         groups = self._groups(target, layers, parts, lr, eps)
         if not groups:
             raise SiteError(
@@ -168,15 +166,15 @@ class ZerothOrder(torch.optim.Optimizer):
             state["size"] = group["eps"] * state["unit"]
             h = lattice.spacing(tensor, lattice.reach_of(state["size"], self.noise))
             state["spacing"] = max(h, state["spacing"])
+            self.written.pop(id(tensor), None)
             least = lattice.LEAST * state["spacing"] / state["unit"]
             check_value("eps", group["eps"], group["eps"] >= least, f"{least:.1e} or more for {where}")
 
     def _snap(self) -> None:
         """Put float tensors on their lattices that something else has written to."""
         for _, tensor in self._tensors():
-            if id(tensor) not in self.packed and (
-                _writes(tensor) is None or self.written.get(id(tensor)) != _writes(tensor)
-            ):
+            writes = _writes(tensor)
+            if id(tensor) not in self.packed and (writes is None or self.written.get(id(tensor)) != writes):
                 lattice.snap(lattice.in_memory_order("", tensor), self.state[tensor]["spacing"])
 
     # ---- a step
@@ -306,6 +304,7 @@ class ZerothOrder(torch.optim.Optimizer):
                 expected="the entry zeroth_order",
             )
         super().load_state_dict(state_dict)
+        self.written = {}
         self.seed, self.steps, self.mean_square = own["seed"], own["steps"], own["mean_square"]
         self.history = [(step, list(halves)) for step, halves in own["history"]]
 
