@@ -8,17 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-import bitsmith as bs
 from bitsmith.errors import BitsmithError, FormatError, SchemeError, SiteError, TrainingDiverged
 from bitsmith.numerics.noise import BLOCK
-from bitsmith.optim.parts import PARTS, pack_rest
+from bitsmith.optim.parts import pack_rest
 from bitsmith.optim.zeroth_order import ZerothOrder
-from bitsmith.quantization.integer_layers import PackedWeight
-from bitsmith.quantization.integer_products import run_on_kernels
+from tests.optim.models import Largest, attention, loss_of, mlp, packed, prepared_mlp, rows, train
 
 TARGET = torch.tensor([0.5, -1.0, 2.0, 0.0, -0.25])
 CURVATURE = torch.tensor([1.0, 4.0, 0.5, 2.0, 3.0])
@@ -52,8 +48,8 @@ def test_the_mean_over_seeds_is_the_gradient(noise: str) -> None:
 
 
 def test_more_directions_divide_the_variance() -> None:
-    one, eight = estimates(300).var(0).sum(), estimates(200, directions=8).var(0).sum()
-    assert float(one / eight) == pytest.approx(8, rel=0.3)
+    one, eight = estimates(250).var(0).sum(), estimates(120, directions=8).var(0).sum()
+    assert float(one / eight) == pytest.approx(8, rel=0.35)
 
 
 def weights(seed: int = 0) -> list[Tensor]:
@@ -161,53 +157,6 @@ def test_momentum_is_the_sum_of_the_steps_it_remembers() -> None:
 # ---- models
 
 
-def mlp(seed: int = 0, hidden: int = 48) -> nn.Sequential:
-    torch.manual_seed(seed)
-    layers = [nn.Linear(8, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 3)]
-    return nn.Sequential(*layers)
-
-
-def rows(count: int, gain: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Points of 3 clouds; ``gain`` shifts them as contrast does."""
-    generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(3, 8, generator=torch.Generator().manual_seed(99))
-    y = torch.randint(0, 3, (count,), generator=generator)
-    x = centres[y] + 0.5 * torch.randn(count, 8, generator=generator)
-    return gain * x + (1 - gain) * 1.5, y
-
-
-@pytest.fixture(scope="module")
-def trained() -> nn.Module:
-    """W4A8 in its middle layer, 8 bits outside, on points without a shift."""
-    model = mlp()
-    x, y = rows(600)
-    for prepared in (False, True):
-        if prepared:
-            bs.prepare(model, weights=bs.Scheme(bits=4), activations=bs.Scheme(bits=8))
-            bs.calibrate(model, [x])
-        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-        for _ in range(60):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x), y).backward()
-            optimizer.step()
-    return model
-
-
-def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    with torch.no_grad():
-        return float(F.cross_entropy(model(x), y))
-
-
-def packed(model: nn.Module) -> nn.Module:
-    return bs.finalize(model, rows(4)[0])
-
-
-def train(model: nn.Module, optimizer: ZerothOrder, steps: int, gain: float = 0.3) -> None:
-    x, y = rows(200, gain, seed=1)
-    for _ in range(steps):
-        optimizer.step(lambda: F.cross_entropy(model(x), y))
-
-
 FORMS: dict[str, Callable[[nn.Module], tuple[nn.Module, dict[str, Any]]]] = {
     "latent weights": lambda m: (copy.deepcopy(m), {"lr": 0.02, "eps": 0.02, "unit": "rms"}),
     "codes": lambda m: (packed(m), {"lr": 0.15, "eps": 0.5}),
@@ -226,7 +175,7 @@ def test_a_model_recovers_from_a_shift_beyond_noise(form: str, trained: nn.Modul
     for seed in range(3):
         model, options = FORMS[form](trained)
         before = loss_of(model, x, y)
-        train(model, ZerothOrder(model, normalize=True, seed=seed, **options), 60)
+        train(model, ZerothOrder(model, normalize=True, seed=seed, **options), 45)
         left.append(loss_of(model, x, y) / before)
     mean, error = torch.tensor(left).mean(), torch.tensor(left).std() / math.sqrt(3)
     assert mean + 3 * error < 0.95
@@ -270,140 +219,7 @@ def test_the_state_is_a_few_numbers(trained: nn.Module) -> None:
     assert all(leaf is None or isinstance(leaf, int | float | str) for leaf in found)
 
 
-# ---- codes
-
-
-def codes_of(model: nn.Module) -> list[Tensor]:
-    return [m.integers().clone() for m in model.modules() if isinstance(m, PackedWeight)]
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
-@pytest.mark.parametrize("kernels", [False, True])
-def test_codes_are_never_written_before_the_step(bits: int, kernels: bool) -> None:
-    model = mlp(hidden=300)
-    bs.prepare(model, weights=bs.Scheme(bits=bits), activations=bs.Scheme(bits=8), first_last_bits=None)
-    bs.calibrate(model, [rows(50)[0]])
-    model = packed(model)
-    if kernels:
-        assert run_on_kernels(model)
-    x, stored = rows(20)[0], [b.clone() for b in model.buffers()]
-    outputs, plain = [], model(x)
-    before, seen = codes_of(model), []
-
-    def closure() -> float:
-        seen.append(codes_of(model))
-        outputs.append(model(x))
-        assert all(torch.equal(a, b) for a, b in zip(model.buffers(), stored, strict=True))
-        return 1.0
-
-    ZerothOrder(model, lr=0.1, eps=0.75).step(closure)
-    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), stored, strict=True))  # L+ - L- was 0
-    assert torch.equal(model(x), plain)
-    assert not torch.equal(outputs[0], plain)
-    assert not torch.equal(outputs[0], outputs[1])
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    for was, above, below in zip(before, *seen, strict=True):
-        up, down = above - was, below - was
-        most = math.ceil(0.75 * 2 ** max(bits - 4, 0))
-        inside = (was >= low + most) & (was <= high - most)
-        assert torch.equal(up[inside], -down[inside])
-        assert int(above.min()) >= low
-        assert int(above.max()) <= high
-        size = 0.75 * 2 ** max(bits - 4, 0)
-        spread = up[inside].double()
-        assert float(spread.abs().mean()) == pytest.approx(size, rel=0.1)
-        assert abs(float(spread.mean())) < 5 * size * 1.2 / math.sqrt(len(spread))
-
-
-@pytest.mark.parametrize("residual", [False, True])
-def test_steps_of_codes_are_right_in_the_mean(residual: bool) -> None:
-    """Of a linear function of the values: each code moves against its gradient, by lr * g / s in units of
-    v."""
-    model = nn.Sequential(nn.Linear(64, 8, bias=False))
-    bs.prepare(model, weights=bs.Scheme(bits=4), first_last_bits=None)
-    model = bs.finalize(model, torch.zeros(1, 64))
-    weight = next(m for m in model.modules() if isinstance(m, PackedWeight))
-    weight.codes.fill_(0x88)  # codes of 0
-    slope = torch.linspace(-1, 1, 512).view(8, 64)
-    total = torch.zeros(8, 64)
-    for seed in range(200):
-        weight.codes.fill_(0x88)
-        optimizer = ZerothOrder(model, lr=0.02, eps=0.5, seed=seed, residual=residual)
-        optimizer.step(lambda: float((slope * weight.integers()).double().sum()))
-        moved = weight.integers().float()
-        if residual:
-            moved += optimizer.state[weight.codes]["residual"].view(8, 64) / 254
-        total += moved
-    mean = total / 200
-    agreement = float((mean * -slope).sum() / slope.square().sum())
-    assert agreement == pytest.approx(0.02, rel=0.25)
-
-
-def test_a_residual_carries_what_no_whole_code_holds() -> None:
-    model = nn.Sequential(nn.Linear(8, 8, bias=False))
-    bs.prepare(model, weights=bs.Scheme(bits=8), first_last_bits=None)
-    model = bs.finalize(model, torch.zeros(1, 8))
-    weight = next(m for m in model.modules() if isinstance(m, PackedWeight))
-    before = weight.integers().clone()
-    optimizer = ZerothOrder(model, lr=1e-4, eps=1 / 16, residual=True)
-    optimizer.step(lambda: float(weight.integers().double().sum()))
-    assert torch.equal(weight.integers(), before)
-    assert bool(optimizer.state[weight.codes]["residual"].any())
-
-
-def test_rows_of_an_embedding_move_as_the_whole_table_does() -> None:
-    model = nn.Sequential(nn.Embedding(500, 20), nn.Linear(20, 2))
-    bs.prepare(model, weights=bs.Scheme(bits=4, granularity="channel"), first_last_bits=None)
-    model = bs.finalize(model, torch.arange(4)[None])
-    index = torch.tensor([[3, 499, 3, 0]])
-    looked_up, whole = [], []
-
-    def closure() -> float:
-        looked_up.append(model[0](index))
-        whole.append(model[0].weight()[index])
-        return 0.0
-
-    ZerothOrder(model, lr=0.1, eps=0.5).step(closure)
-    assert torch.equal(torch.stack(looked_up), torch.stack(whole))
-    assert not torch.equal(looked_up[0], looked_up[1])
-
-
-def test_channels_of_several_widths_move_within_their_own_grids() -> None:
-    model = nn.Sequential(nn.Linear(33, 6))
-    bs.prepare(model, weights=bs.Scheme(bits=(2, 4, 8, 2, 4, 8), granularity="channel"), first_last_bits=None)
-    model = bs.finalize(model, torch.zeros(1, 33))
-    weight = next(m for m in model.modules() if isinstance(m, PackedWeight))
-    optimizer = ZerothOrder(model, lr=3.0, eps=0.5)
-    before = weight.integers().clone()
-    for _ in range(5):
-        optimizer.step(lambda: float(weight.integers().double().sum()))
-    after = weight.integers()
-    assert not torch.equal(after, before)
-    for row, bits in enumerate((2, 4, 8, 2, 4, 8)):
-        assert int(after[row].min()) >= -(2 ** (bits - 1))
-        assert int(after[row].max()) < 2 ** (bits - 1)
-
-
 # ---- memory
-
-
-class Largest(TorchDispatchMode):
-    """The bytes of the largest tensor that any operation makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, list | tuple) else [out]:
-            if isinstance(tensor, Tensor) and not any(
-                isinstance(a, Tensor)
-                and a.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
-                for a in args
-            ):
-                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
-        return out
 
 
 @pytest.mark.parametrize("noise", ["signs", "normal"])
@@ -416,74 +232,7 @@ def test_no_direction_is_ever_there_as_a_whole(noise: str) -> None:
     assert 0 < largest.bytes <= 5 * BLOCK  # of 160 in the tensor
 
 
-def test_a_step_of_codes_makes_nothing_larger_than_a_forward_does() -> None:
-    model = nn.Sequential(nn.Linear(2048, 1024))
-    bs.prepare(model, weights=bs.Scheme(bits=4), first_last_bits=None)
-    model = bs.finalize(model, torch.zeros(1, 2048))
-    x = torch.randn(4, 2048)
-    with torch.no_grad(), Largest() as forward:
-        model(x)
-    optimizer = ZerothOrder(model, lr=1.0, eps=0.5)
-    with Largest() as step:
-        optimizer.step(lambda: model(x).square().mean())
-    assert 0 < step.bytes <= forward.bytes
-
-
-# ---- the light variant
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(8, 8) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.softmax(self.q_proj(x) @ self.k_proj(x).mT, -1) @ self.v_proj(x)
-
-
-def attention() -> nn.Module:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 8), Attention(), nn.LayerNorm(8), nn.Linear(8, 3))
-    bs.prepare(model, weights=bs.Scheme(bits=4), activations=bs.Scheme(bits=8))
-    bs.calibrate(model, [torch.randn(4, 5, 8)])
-    return model.eval()
-
-
-def test_the_light_variant_trains_a_few_layers_and_packs_the_rest() -> None:
-    model, x = attention(), torch.randn(2, 5, 8)
-    before = model(x)
-    assert pack_rest(model) == ["1.q_proj", "1.v_proj"]
-    assert torch.equal(model(x), before)
-    assert [n for n, p in model.named_parameters() if p.ndim == 2 and n.endswith("weight")] == [
-        "1.q_proj.weight",
-        "1.v_proj.weight",
-    ]
-    stored = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    optimizer = ZerothOrder(model, lr=0.1, eps=0.02, unit="rms", normalize=True)
-    for _ in range(3):
-        optimizer.step(lambda: F.cross_entropy(model(x)[:, 0], torch.tensor([0, 2])))
-    assert not torch.equal(model(x), before)
-    assert all(torch.equal(b, stored[n]) for n, b in model.named_buffers())
-    after = model(x)
-    whole = bs.finalize(model, x)
-    torch.testing.assert_close(whole(x), after, rtol=0, atol=1e-6)
-    assert not any(n.endswith("proj.weight") for n, _ in whole.named_parameters())
-
-
 # ---- what is refused
-
-
-def test_parts_and_layers_choose_what_trains(trained: nn.Module) -> None:
-    model = copy.deepcopy(trained)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = ZerothOrder(
-        model, lr={"weights": 0.1, "biases": 0.1}, parts=("weights", "biases"), layers=("2",), normalize=True
-    )
-    train(model, optimizer, 2)
-    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert changed == {"2.weight", "2.bias"}
-    assert [group["name"] for group in optimizer.param_groups] == ["weights", "biases"]
-    assert set(PARTS) == {"weights", "scales", "biases", "others", "transforms"}
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], type[BitsmithError], str]] = {
@@ -523,12 +272,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[BitsmithError], str]] = {
     "no light layer": (lambda: pack_rest(prepared_mlp()), SiteError, "Name layers of this model"),
     "a light glob": (lambda: pack_rest(prepared_mlp(), ("7",)), SiteError, "no layer"),
 }
-
-
-def prepared_mlp() -> nn.Module:
-    model = mlp()
-    bs.prepare(model, weights=bs.Scheme(bits=4))
-    return model
 
 
 @pytest.mark.parametrize("case", list(REFUSED))
