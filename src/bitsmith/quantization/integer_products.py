@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from bitsmith.kernels.choose import Backend, best
 from bitsmith.kernels.convolution import convolve
 from bitsmith.kernels.native import Native
-from bitsmith.kernels.operands import MOST_INPUTS, Activations, Weight
+from bitsmith.kernels.operands import MOST_INPUTS, Activations, Weight, by_panel
 from bitsmith.numerics.calibrate import range_of
 from bitsmith.numerics.grid import GRIDS
 from bitsmith.quantization.integer_layers import (
@@ -68,9 +68,19 @@ class _WithOperands(nn.Module):
         """None where the numbers are not those of a product of integers."""
         buffers, made = self._numbers(), self._operands
         if made is None or not _same(made.made_of, buffers):
-            made = _pack(self, best(), buffers) if _in_range(self, buffers) else None
+            if not _in_range(self, buffers):
+                made = None
+            elif made is not None and _same(_codes_of(self, made), self._stored_codes()):
+                made = _rescaled(self, made, buffers)
+            else:
+                made = _pack(self, best(), buffers)
             self._operands = made
         return made
+
+    def _stored_codes(self) -> list[Tensor]:
+        """What the packed form of the weight is made of; scales and biases lie beside it."""
+        assert isinstance(self.weight, PackedWeight)
+        return [t for t in (self.weight.codes, self.weight.zero_point) if t is not None]
 
     def _numbers(self) -> list[Tensor]:
         """`buffers()`, without a walk through modules."""
@@ -161,6 +171,14 @@ def run_on_kernels(model: nn.Module) -> list[str]:
     return found
 
 
+def forget_operands(model: nn.Module) -> None:
+    """Let go of what the layers of ``model`` packed for kernels: the next forward packs their weights
+    anew."""
+    for layer in model.modules():
+        if isinstance(layer, _WithOperands):
+            layer._operands = None
+
+
 def _grids_allow(layer: IntegerLinear | IntegerConv) -> bool:
     weight, quantizer = layer.weight, layer.input
     if not isinstance(weight, PackedWeight) or quantizer is None:
@@ -232,11 +250,8 @@ def _pack(layer: _WithOperands, backend: Backend, buffers: list[Tensor]) -> Oper
         codes = codes.permute(0, 2, 3, 1)  # as rows of the unfolded image lie
     codes = codes.flatten(1)
 
-    def by_channel(values: Tensor) -> Tensor:
-        return (values.reshape(1, 1) if values.numel() == 1 else values.reshape(rows, -1)).expand(rows, -1)
-
-    scale, zero_points = by_channel(weight.scale), weight.zero_points()
-    zeros = None if zero_points is None else by_channel(zero_points).to(torch.int32)
+    scale, zero_points = _by_channel(weight.scale, rows), weight.zero_points()
+    zeros = None if zero_points is None else _by_channel(zero_points, rows).to(torch.int32)
     runs = []
     for bits, (low, _, half), at in form.runs:
         packed = backend.pack(
@@ -251,6 +266,28 @@ def _pack(layer: _WithOperands, backend: Backend, buffers: list[Tensor]) -> Oper
     order = None if len(runs) == 1 else torch.cat([at for *_, at in form.runs]).argsort()
     made_of = tuple((tensor, _writes(tensor)) for tensor in buffers)
     return Operands(backend, tuple(runs), order, made_of)
+
+
+def _rescaled(layer: _WithOperands, made: Operands, buffers: list[Tensor]) -> Operands:
+    """``made`` with the scales and biases of now: where only they train, no weight is packed anew."""
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, PackedWeight)
+    scale, runs = _by_channel(weight.scale, weight.shape[0]), []
+    for (packed, _), (*_, at) in zip(made.runs, weight.form.runs, strict=True):
+        by = by_panel(scale[at].float() / packed.factor)  # of half steps levels count double
+        runs.append((replace(packed, scale=by), None if bias is None else bias[at]))
+    return replace(made, runs=tuple(runs), made_of=tuple((t, _writes(t)) for t in buffers))
+
+
+def _codes_of(layer: _WithOperands, made: Operands) -> tuple[tuple[Tensor, int], ...]:
+    """Of what ``made`` was made of, the entries of `_stored_codes`."""
+    stored = layer._stored_codes()
+    return tuple(entry for entry in made.made_of if any(entry[0] is tensor for tensor in stored))
+
+
+def _by_channel(values: Tensor, rows: int) -> Tensor:
+    """A parameter of a weight as (rows, groups)."""
+    return (values.reshape(1, 1) if values.numel() == 1 else values.reshape(rows, -1)).expand(rows, -1)
 
 
 def _codes(quantizer: FrozenQuantizer | None, x: Tensor, backend: Backend) -> Activations:
