@@ -28,7 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from bitsmith.bench.layer_times import RUNTIMES, Files, Stopwatch, Times, stopwatch
-from bitsmith.bench.speed import WARM, percentile
+from bitsmith.bench.rounds import in_turn, percentile
+from bitsmith.bench.speed import WARM
 from bitsmith.errors import FormatError, RecipeError, check_choice
 from bitsmith.files import read_json, write_json
 from bitsmith.kernels.choose import describe
@@ -216,13 +217,12 @@ def _rounds(
 ) -> Samples:
     """``rounds`` of each, every round beginning with another; those of ``samples`` are done already."""
     samples = {name: list(samples.get(name, ())) for name in watches}
-    names, last = list(watches), time.monotonic()
+    last = time.monotonic()
     for _ in range(WARM):
         for watch in watches.values():
             watch()
     for turn in range(min(map(len, samples.values())), rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+        for name in in_turn(list(watches), turn):
             samples[name].append(watches[name]())
         if time.monotonic() - last > SAVED_EVERY:
             keep(samples)
