@@ -236,13 +236,14 @@ def test_a_model_on_kernels_unpacks_the_rows_looked_up_and_no_others(
     loaded = load(save(finalize(model, tokens), tmp_path))
     loaded(tokens)  # the first forward packs what is multiplied
     unpacked: list[int] = []
-    unpack_at = integer_layers.unpack_at
+    unpack = integer_layers.unpack
 
-    def counted(packed: Any, start: Any, *rest: Any) -> Any:
-        unpacked.append(start.numel())
-        return unpack_at(packed, start, *rest)
+    def counted(packed: Any, bits: int, count: int, low: int) -> Any:
+        unpacked.append(count)
+        return unpack(packed, bits, count, low)
 
-    monkeypatch.setattr(integer_layers, "unpack_at", counted)
+    monkeypatch.setattr(integer_layers, "unpack", counted)
+    monkeypatch.setattr(integer_layers, "unpack_at", lambda *_: pytest.fail("code by code"))
     monkeypatch.setattr(integer_layers.PackedWeight, "integers", lambda _: pytest.fail("the whole table"))
     loaded(tokens)
     assert unpacked == [3 * 16]
