@@ -2,7 +2,8 @@
 
 Reading a prompt (prefill) and writing after it token by token (decode), one row, with a cache of keys and
 values; all forms take turns in every round, and ratios are medians of the rounds' own. Peak memory is that of
-a process of its own, which opens one form, reads the prompt and writes; less what libraries alone take. Both
+a process of its own, which opens one form, reads the prompt and writes; less what libraries alone take.
+float32 is built and its file is loaded into it, as usual; the lean one never holds its weights twice. Both
 products of attention stay in float. Weights are drawn at random, as times do not depend on them.
 
     python benchmarks/kernels_end_to_end.py [--threads 1 2] [--prompts 64 256] [--rounds 10]
@@ -38,6 +39,7 @@ from bitsmith.tasks.reading import reader
 
 SIZE = {"width": 512, "depth": 6, "heads": 8, "context": 512}
 FORMS = ("float32", "native", "dequantized")
+LEAN = "float32, lean"  # loaded into a model without memory of its own
 GOALS = {"prefill": 2.5, "decode": 2.5, "memory": 0.35}
 
 
@@ -54,10 +56,11 @@ def make(folder: Path, bits: int) -> None:
 
 
 def opened(folder: Path, form: str) -> nn.Module:
-    """One of FORMS, from its file and without a second copy of its weights."""
-    if form == "float32":
-        model = build_hollow("byte_llama", **SIZE)
-        model.load_state_dict(load_tensors(folder / "float.safetensors")[0], assign=True)
+    """One of FORMS or LEAN, from its file."""
+    if form in ("float32", LEAN):
+        model = (build_hollow if form == LEAN else build)("byte_llama", **SIZE)
+        tensors, _ = load_tensors(folder / "float.safetensors")
+        model.load_state_dict(tensors, assign=form == LEAN)
         return model.eval()
     return load(folder / "model", kernels=form == "native")
 
@@ -104,7 +107,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make(folder, chosen.bits)
-        held = {form: memory(folder, form, max(chosen.prompts), chosen.tokens) for form in FORMS}
+        held = {form: memory(folder, form, max(chosen.prompts), chosen.tokens) for form in (*FORMS, LEAN)}
         models = {form: opened(folder, form) for form in FORMS}
         print(f"kernels: {describe()['kernels']}; {chosen.bits}-bit weights, {SIZE}")
         for threads in chosen.threads:
@@ -123,8 +126,8 @@ def main() -> None:
                     )
     shares = {form: taken / held["float32"] for form, taken in held.items()}
     print()
-    for form in FORMS:
-        print(f"{form:12s} peak memory {held[form] / 2**20:7.1f} MB {shares[form]:5.2f} x")
+    for form in held:
+        print(f"{form:14s} peak memory {held[form] / 2**20:7.1f} MB {shares[form]:5.2f} x")
     print(f"goals: prefill and decode >= {GOALS['prefill']} x, memory <= {GOALS['memory']} x")
     path = _results.save(
         "kernels_end_to_end",

@@ -53,7 +53,7 @@ from bitsmith.quantization.integer_layers import (
 )
 from bitsmith.quantization.integer_products import run_on_kernels
 from bitsmith.quantization.layers import MatMul
-from bitsmith.tasks.hollow import build_hollow, fill
+from bitsmith.tasks.hollow import build_hollow
 from bitsmith.tasks.models import MODELS, NOT_STRUCTURE
 
 VERSION = 1
@@ -231,7 +231,6 @@ def _assemble(
     for name, layer in config["folded"].items():
         memo[id(modules[name])] = Folded(str(layer))
     model: nn.Module = copy.deepcopy(skeleton, memo)
-    fill(model)
 
     state = model.state_dict(keep_vars=True)
     shared: dict[int, list[str]] = {}

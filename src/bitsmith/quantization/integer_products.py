@@ -222,10 +222,7 @@ def _pack(layer: _WithOperands, backend: Backend, buffers: list[Tensor]) -> Oper
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, PackedWeight)
     form, rows = weight.form, weight.shape[0]
-    codes = weight.integers()
-    if codes.ndim == 4:
-        codes = codes.permute(0, 2, 3, 1)  # as rows of the unfolded image lie
-    codes = codes.flatten(1)
+    length, start = math.prod(weight.shape[1:]), 0
 
     def by_channel(values: Tensor) -> Tensor:
         return (values.reshape(1, 1) if values.numel() == 1 else values.reshape(rows, -1)).expand(rows, -1)
@@ -234,8 +231,13 @@ def _pack(layer: _WithOperands, backend: Backend, buffers: list[Tensor]) -> Oper
     zeros = None if zero_points is None else by_channel(zero_points).to(torch.int32)
     runs = []
     for bits, (low, _, half), at in form.runs:
+        count = length * (rows if isinstance(at, slice) else len(at))
+        codes = backend.decode(weight.codes, bits, count, start).view(-1, *weight.shape[1:])
+        start += bits * count
+        if codes.ndim == 4:
+            codes = codes.permute(0, 2, 3, 1)  # as rows of the unfolded image lie
         packed = backend.pack(
-            (codes[at] - low).to(torch.uint8).contiguous(),
+            codes.flatten(1),
             bits,
             group_size=form.group_size,
             offset=low if zeros is None else low - zeros[at],

@@ -1,43 +1,35 @@
-"""Built-in models without memory for their parameters: what a file is loaded into that brings all of them.
+"""Built-in models whose parameters were never written to: what a file is loaded into that brings all of them.
 
-A float model that is only a skeleton would take, for a moment, many times what its packed one does.
-Parameters become tensors of the meta device as modules register them; buffers, which may hold what a
-constructor computed, stay.
+A float model that is only a skeleton would take, for a moment, many times what its packed one does. Memory
+that nobody writes to costs nothing, so it is enough to draw no numbers. On torch's meta device it would be
+the same, at the price of 70 MB of modules that this imports; and buffers would lose what was computed.
 """
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
-import torch
-from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch import Tensor, nn
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 
 from bitsmith.tasks.models import build
 
+# Functions of nn.init that ask for a mode do so before they call the tensor's own.
+DRAWN = (Tensor.normal_, Tensor.uniform_, init.normal_, init.uniform_, init.kaiming_uniform_)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Inside, in this thread, tensors that would be filled with random numbers stay as they are."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if function in DRAWN:
+            return args[0] if args else given["tensor"]
+        return function(*args, **given)
+
 
 def build_hollow(name: str, **arguments: Any) -> nn.Module:
-    """`build`, its parameters on the meta device. Raises what that raises."""
-    here = threading.get_ident()  # the hook sees the modules of all threads
-
-    def hollowed(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None or parameter.is_meta or threading.get_ident() != here:
-            return None  # as it is
-        return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-
-    handle = register_module_parameter_registration_hook(hollowed)  # type: ignore[arg-type]
-    try:
+    """`build`, with whatever lies in the memory of parameters that are drawn. Raises what that raises."""
+    with _Undrawn():
         return build(name, **arguments)
-    finally:
-        handle.remove()
-
-
-def fill(model: nn.Module) -> None:
-    """Give the parameters that are still hollow memory, in place; whatever is in it."""
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_meta:
-                filled = torch.empty_like(parameter, device="cpu")
-                module._parameters[name] = made.setdefault(id(parameter), nn.Parameter(filled))
