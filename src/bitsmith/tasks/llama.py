@@ -70,7 +70,7 @@ class Attention(nn.Module):
             key, value = (store[:, :, :end] for store in stores)
         scores = self.scores(query, key.transpose(-2, -1)) * self.scale
         if later is not None:
-            scores = scores.masked_fill(later, float("-inf"))
+            scores.masked_fill_(later, float("-inf"))
         weights = scores.softmax(-1)
         return self.o_proj(self.context(weights, value).transpose(1, 2).flatten(2))
 
