@@ -24,7 +24,6 @@ from bitsmith.quantization import (
     calibrate,
     collapse,
     commit,
-    integer_layers,
     measure,
     plan_of,
     prepare,
@@ -39,7 +38,6 @@ from bitsmith.quantization.integer_layers import IntegerEmbedding
 from bitsmith.quantization.layers import QuantEmbedding, layer_operands, weights_of
 from bitsmith.quantization.sensitivity import sensitivity
 from bitsmith.quantization.target import TARGETS, Target
-from bitsmith.tasks import build
 from tests.quantization.widths import Mixed, Sampled
 
 TOKENS = torch.randint(0, 11, (5, 3), generator=torch.Generator().manual_seed(0))
@@ -223,30 +221,6 @@ def test_plan_bytes_are_file_bytes_and_the_file_computes_what_was_trained(
 
 def fields(scheme: Scheme) -> dict[str, Any]:
     return {k: v for k, v in vars(scheme).items() if k != "group_size" or v is not None}
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_model_on_kernels_unpacks_the_rows_looked_up_and_no_others(
-    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = build("byte_llama", seed=0, width=16, depth=1, heads=2, tied=tied)
-    tokens = torch.tensor([[1, 250, 1]])
-    prepare(model.eval(), Scheme(bits=4), Scheme(bits=8))
-    calibrate(model, [tokens])
-    loaded = load(save(finalize(model, tokens), tmp_path))
-    loaded(tokens)  # the first forward packs what is multiplied
-    unpacked: list[int] = []
-    unpack = integer_layers.unpack
-
-    def counted(packed: Any, bits: int, count: int, low: int) -> Any:
-        unpacked.append(count)
-        return unpack(packed, bits, count, low)
-
-    monkeypatch.setattr(integer_layers, "unpack", counted)
-    monkeypatch.setattr(integer_layers, "unpack_at", lambda *_: pytest.fail("code by code"))
-    monkeypatch.setattr(integer_layers.PackedWeight, "integers", lambda _: pytest.fail("the whole table"))
-    loaded(tokens)
-    assert unpacked == [3 * 16]
 
 
 @given(st.integers(1, 9), st.integers(1, 12), st.integers(1, 13), st.integers(1, 8), st.booleans(), st.data())
