@@ -101,7 +101,7 @@ class KernelLinear(_WithOperands, IntegerLinear):
         if operands is None:
             return IntegerLinear.forward(self, x)
         backend = operands.backend
-        codes = _codes(self.input, x.reshape(-1, self.in_features), backend)
+        codes = activation_codes(self.input, x.reshape(-1, self.in_features), backend)
         y = operands.outputs(lambda weight, bias: backend.values(codes, weight, bias), 1)
         return y.view(*x.shape[:-1], self.out_features)
 
@@ -117,7 +117,9 @@ class KernelConv(_WithOperands, IntegerConv):
             return IntegerConv.forward(self, x)
         last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         image = x.permute(0, 2, 3, 1) if last else x
-        found = _codes(self.input, image.reshape(image.shape[0] * image.shape[1], -1), operands.backend)
+        found = activation_codes(
+            self.input, image.reshape(image.shape[0] * image.shape[1], -1), operands.backend
+        )
         codes = found.codes.view(image.shape)
         operand = Activations(codes.permute(0, 3, 1, 2) if last else codes, found.zero_point, found.row_scale)
         g: Any = self.geometry
@@ -253,7 +255,7 @@ def _pack(layer: _WithOperands, backend: Backend, buffers: list[Tensor]) -> Oper
     return Operands(backend, tuple(runs), order, made_of)
 
 
-def _codes(quantizer: FrozenQuantizer | None, x: Tensor, backend: Backend) -> Activations:
+def activation_codes(quantizer: FrozenQuantizer | None, x: Tensor, backend: Backend) -> Activations:
     """The codes of ``quantizer`` for x (m, k)."""
     assert quantizer is not None
     form, scale, zero_point = quantizer.form, quantizer.scale, quantizer.zero_point
