@@ -83,7 +83,7 @@ class IntegerAdam(IntegerOptimizer):
         calibration: str = "mse",
         scale_gradients: bool = True,
         weight_decay: float = 0.0,
-        block: int = 64,
+        block: int = 128,
         seed: int = 0,
         float_optimizer: torch.optim.Optimizer | bool = True,
     ) -> None:

@@ -64,7 +64,7 @@ class IntegerOptimizer(torch.optim.Optimizer):
         calibration: str = "mse",
         scale_gradients: bool = True,
         weight_decay: float = 0.0,
-        block: int = 64,
+        block: int = 128,
         seed: int = 0,
         float_optimizer: torch.optim.Optimizer | bool = True,
     ) -> None:
