@@ -29,14 +29,20 @@ def pack(codes: Tensor, bits: int, low: int) -> Tensor:
     if unsigned.numel() and not 0 <= int(unsigned.min()) <= int(unsigned.max()) < 2**bits:
         span = f"{int(codes.min())}..{int(codes.max())}"
         raise ValueError(f"codes {span} do not fit {bits} bits from {low}: they would spill into neighbours")
-    eights = torch.nn.functional.pad(unsigned, (0, -unsigned.numel() % 8)).reshape(-1, 8)
-    words = torch.zeros(len(eights), dtype=torch.int64, device=codes.device)
-    for i in range(8):
-        words |= eights[:, i].long() << (i * bits)
-    stream = torch.empty(len(eights), bits, dtype=torch.uint8, device=codes.device)
-    for byte in range(bits):
-        stream[:, byte] = (words >> (8 * byte)) & 255
-    return stream.reshape(-1)[: packed_size(unsigned.numel(), bits)].clone()
+    return pack_bytes(unsigned.to(torch.uint8), bits)
+
+
+def pack_bytes(unsigned: Tensor, bits: int) -> Tensor:
+    """``pack`` of codes (count,), uint8, that count from 0 and are known to fit: a few passes over bytes."""
+    together = 8 // bits if 8 % bits == 0 else 8  # codes that fill whole bytes
+    tuples = torch.nn.functional.pad(unsigned, (0, -len(unsigned) % together)).view(-1, together)
+    stream = torch.zeros(len(tuples), together * bits // 8, dtype=torch.uint8, device=unsigned.device)
+    for i in range(together):
+        byte, shift = divmod(i * bits, 8)
+        stream[:, byte] |= tuples[:, i] << shift
+        if shift + bits > 8:
+            stream[:, byte + 1] |= tuples[:, i] >> (8 - shift)
+    return stream.reshape(-1)[: packed_size(len(unsigned), bits)].clone()
 
 
 def unpack(packed: Tensor, bits: int, count: int, low: int) -> Tensor:

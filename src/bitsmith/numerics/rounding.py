@@ -40,6 +40,12 @@ def smooth(g: Tensor, u: Tensor, error: Tensor, steps: Tensor) -> Tensor:
     return slope * (SMOOTH_SHARPNESS / 2 / math.tanh(SMOOTH_SHARPNESS / 2))
 
 
+def piecewise_linear(g: Tensor, u: Tensor, error: Tensor, steps: Tensor) -> Tensor:
+    """1/2 + 2 |u - q|: a tent over each border between two levels, as Bi-Real's (1808.00278, eq. 7) over the
+    one of a sign, on a floor that leaves no level dead: its mean is 1."""
+    return 0.5 + 2 * error.abs()
+
+
 # Estimators with a factor of their own: (g, u, error = q - u, steps = high - low) -> factor.
 SURROGATES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {"ewgs": ewgs, "smooth": smooth}
 
@@ -56,3 +62,14 @@ def hash_uniform(seed: Tensor, like: Tensor) -> Tensor:
         h = (h ^ ((h >> shift) & ((1 << (32 - shift)) - 1))) * factor
     h = h ^ ((h >> 16) & 0xFFFF)
     return ((h >> 8) & 0xFFFFFF).to(torch.float32).mul(2.0**-24).view(like.shape)
+
+
+def mix(*numbers: int) -> int:
+    """A seed of 31 bits from several counters (steps, layers, chunks): splitmix64's finalizer, chained."""
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state & 0x7FFFFFFF

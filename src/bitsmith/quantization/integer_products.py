@@ -106,7 +106,7 @@ class KernelLinear(_WithOperands, IntegerLinear):
             y = operands.prepared(x.reshape(-1, self.in_features).contiguous())
             return y.view(*x.shape[:-1], self.out_features)
         backend = operands.backend
-        codes = _codes(self.input, x.reshape(-1, self.in_features), backend)
+        codes = activation_codes(self.input, x.reshape(-1, self.in_features), backend)
         y = operands.outputs(lambda weight, bias: backend.values(codes, weight, bias), 1)
         return y.view(*x.shape[:-1], self.out_features)
 
@@ -122,7 +122,9 @@ class KernelConv(_WithOperands, IntegerConv):
             return IntegerConv.forward(self, x)
         last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         image = x.permute(0, 2, 3, 1) if last else x
-        found = _codes(self.input, image.reshape(image.shape[0] * image.shape[1], -1), operands.backend)
+        found = activation_codes(
+            self.input, image.reshape(image.shape[0] * image.shape[1], -1), operands.backend
+        )
         codes = found.codes.view(image.shape)
         operand = Activations(codes.permute(0, 3, 1, 2) if last else codes, found.zero_point, found.row_scale)
         g: Any = self.geometry
@@ -318,7 +320,7 @@ def _by_channel(values: Tensor, rows: int) -> Tensor:
     return (values.reshape(1, 1) if values.numel() == 1 else values.reshape(rows, -1)).expand(rows, -1)
 
 
-def _codes(quantizer: FrozenQuantizer | None, x: Tensor, backend: Backend) -> Activations:
+def activation_codes(quantizer: FrozenQuantizer | None, x: Tensor, backend: Backend) -> Activations:
     """The codes of ``quantizer`` for x (m, k)."""
     assert quantizer is not None
     form, scale, zero_point = quantizer.form, quantizer.scale, quantizer.zero_point
