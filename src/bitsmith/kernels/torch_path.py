@@ -26,9 +26,8 @@ from bitsmith.kernels.torch_products import ByteProduct, by_float_blocks
 from bitsmith.numerics.affine import quantize
 from bitsmith.numerics.blocks import to_groups
 from bitsmith.numerics.calibrate import SMALLEST_STEP, range_of
-from bitsmith.numerics.pack import pack_bytes
+from bitsmith.numerics.pack import pack_bytes, unpack_at
 from bitsmith.numerics.pack import unpack as unpack_stream
-from bitsmith.numerics.pack import unpack_at
 from bitsmith.numerics.rounding import hash_uniform
 
 

@@ -1,5 +1,5 @@
-"""Optimizers that do without float weights: `IntegerSGD`, `IntegerSign` and `IntegerAdam` move codes inside the
-backward pass, `ZerothOrder` needs no backward pass."""
+"""Optimizers that do without float weights: `IntegerSGD`, `IntegerSign` and `IntegerAdam` move codes inside
+the backward pass, `ZerothOrder` needs no backward pass."""
 
 from bitsmith.optim.integer import IntegerAdam, IntegerSGD, IntegerSign
 from bitsmith.optim.memory import StateBytes, state_bytes
