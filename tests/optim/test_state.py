@@ -252,10 +252,18 @@ def test_pushes_to_and_fro_leave_codes_at_their_ends_alone(name: str) -> None:
 
 
 def test_the_end_of_a_range_is_that_of_the_latent_weight_where_it_is_known() -> None:
-    """Back up from 0.3 below the highest code, but no further than to it."""
-    codes, carried = torch.full((1, 3), 3, dtype=torch.int8), torch.tensor([[-0.3, 0.0, 0.2]])
-    found = estimated("clipped", -torch.ones(1, 3), codes, carried, -4, 3, 1, exact=True)
-    assert found.tolist() == [[-1.0, 0.0, 0.0]]
+    """Back up from 0.3 below the highest code, but no further than to it; a cut is counted."""
+    choices, weight, backend = rule(carry="residual", momentum=0.0, estimator="clipped"), packed(2), best()
+    state = new_state(weight, choices)
+    assert state.residual is not None
+    write_rows(weight, backend, WHOLE, torch.ones(16, 40, dtype=torch.int8))
+    state.residual.fill_(-38)
+    for step, left in ((0.1, -0.2), (1.0, 0.0)):
+        assert state.cut == 0
+        take_step(weight, state, WHOLE, -step * scales_of(weight).expand(16, 40), 1.0, choices, 0, backend)
+        assert (read_rows(weight, backend, WHOLE) == 1).all()
+        assert (state.residual.float() / 127 - left).abs().max() < 2 / 127
+    assert state.cut == 16 * 40
 
 
 def test_the_smooth_factor_is_that_of_fake_quantization() -> None:

@@ -19,8 +19,7 @@ d the step that the gradient asks for, e = q - u:
 
 An end is one of u where a residual says what u is: the step is kept within by a clamp, `pure` is `clipped`.
 Zeroing what pushes a *code* at its end outwards would leave u below it with the steps inwards alone, which
-noise then walks off the end: at 2 bits, where half of the codes lie at ends, that costs 2 to 3 % of a
-language model's loss (docs/findings.md). Without a residual there is no u, and the code decides.
+noise then walks off the end (docs/findings.md). Without a residual there is no u, and the code decides.
 """
 
 from __future__ import annotations
@@ -55,11 +54,12 @@ def estimated(
     exact: bool = False,
 ) -> Tensor:
     """The step in codes that is taken for the step ``d`` (r, k), which is subtracted from int8 ``codes``;
-    ``carried`` = u - q, within half a code, ``exact`` where it is a residual: u, not the code, has ends."""
+    ``carried`` = u - q, within half a code; ``exact`` where it is a residual, and what is returned is clamped
+    where u ends."""
     if name == "pure":
         return d
-    at = codes + carried if exact and carried is not None else codes
-    d = d.masked_fill(((at >= high) & (d < 0)) | ((at <= low) & (d > 0)), 0.0)
+    if not exact:
+        d = d.masked_fill(((codes == high) & (d < 0)) | ((codes == low) & (d > 0)), 0.0)
     if carried is None or name not in NEEDS_LATENT:
         return d
     if name == "error_noise":

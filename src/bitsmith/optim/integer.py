@@ -76,7 +76,7 @@ class IntegerAdam(IntegerOptimizer):
         eps: float = 1e-12,
         clip: float = 1.0,
         carry: str = "",
-        estimator: str = "clipped",
+        estimator: str = "",
         scales: str = "learned",
         scale_rate: float = 1.0,
         refit_every: int = 100,
