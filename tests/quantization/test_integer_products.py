@@ -22,7 +22,7 @@ from bitsmith.quantization.integer_layers import IntegerConv, IntegerLinear
 from bitsmith.quantization.integer_products import (
     KernelConv,
     KernelLinear,
-    _codes,
+    activation_codes,
     run_on_kernels,
 )
 from bitsmith.quantization.observe import calibrate
@@ -153,7 +153,7 @@ def test_the_codes_of_activations_are_equal(how: str, bits: int) -> None:
     model = packed(nn.Sequential(nn.Linear(40, 3)), x, Scheme(bits=4), Scheme(bits=bits, **INPUTS[how]))
     run_on_kernels(model)
     quantizer = model[0].input
-    found = _codes(quantizer, x, choose.best())
+    found = activation_codes(quantizer, x, choose.best())
     zero = found.zero_point if isinstance(found.zero_point, int) else found.zero_point[:, None]
     assert torch.equal((found.codes.int() - zero).float() * found.row_scale.view(-1, 1), quantizer(x))
 

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from bitsmith.kernels.geometry import Geometry
-from bitsmith.kernels.operands import MOST_INPUTS, Activations, Codes, Weight, by_panel, weight_parameters
+from bitsmith.kernels.operands import (
+    MOST_BLOCK,
+    MOST_INPUTS,
+    Activations,
+    Codes,
+    Step,
+    Weight,
+    by_panel,
+    weight_parameters,
+)
 from bitsmith.kernels.processor import InstructionSet
 from bitsmith.numerics.calibrate import SMALLEST_STEP
 
@@ -62,8 +71,10 @@ class Native:
                 "pack": (None, "piiiiiiippi"),
                 "unpack": (None, "piiiip"),
                 "decode": (None, "piiiip"),
+                "encode": (None, "piip"),
                 "quantize": (None, "piiiippffffpi"),
                 "update": (None, "ppiiiii"),
+                "move": (None, "pppppiiifffiiiiiiipi"),
                 "rows": (None, "ppiip"),
             }
             kinds = {"p": c_void_p, "i": c_int64, "f": c_float}
@@ -127,6 +138,13 @@ class Native:
         codes = torch.empty(count, dtype=torch.uint8)
         self._c["decode"](_pointer(stream, torch.uint8), stream.numel(), start, bits, count, _pointer(codes))
         return codes
+
+    def encode(self, codes: Tensor, bits: int) -> Tensor:
+        """The inverse: codes (count,) from 0, uint8, known to fit, as a dense bit stream of whole bytes."""
+        stream = torch.empty((len(codes) * bits + 7) // 8, dtype=torch.uint8)
+        given = codes.contiguous()
+        self._c["encode"](_pointer(given, torch.uint8), len(codes), bits, _pointer(stream))
+        return stream
 
     def sums(self, x: Activations, weight: Weight, out: Tensor | None = None) -> Tensor:
         """The integers (m, n), int32; added to ``out`` where given."""
@@ -284,6 +302,47 @@ class Native:
             high,
             torch.get_num_threads(),
         )
+
+    def move(
+        self,
+        codes: Tensor,
+        d: Tensor,
+        step: Step,
+        momentum: tuple[Tensor, Tensor] | None = None,
+        residual: Tensor | None = None,
+    ) -> tuple[int, int]:
+        """In place: int8 codes (r, k) by a step d, float32, in codes, with momentum (int8 (r, k), bfloat16
+        scales (r, blocks)) and residual (int8, 1/127 of a code); all of it as `TorchPath.move` has it.
+        (values that the range cut off, codes that moved)."""
+        r, k = codes.shape
+        m, scale = (None, None) if momentum is None else momentum
+        blocks = (r, -(-k // step.block))
+        given = [t for t in (codes, d, m, scale, residual) if t is not None]
+        wrong = any(t.shape != (blocks if t is scale else (r, k)) or not t.is_contiguous() for t in given)
+        if wrong or not 1 <= step.block <= MOST_BLOCK:
+            raise ValueError("codes, step and state must have one shape and be contiguous")
+        counts = torch.zeros(2, dtype=torch.int64)
+        self._c["move"](
+            _pointer(codes, torch.int8),
+            None if m is None else _pointer(m, torch.int8),
+            None if scale is None else _pointer(scale, torch.bfloat16),
+            None if residual is None else _pointer(residual, torch.int8),
+            _pointer(d, torch.float32),
+            r,
+            k,
+            step.block,
+            step.keep,
+            1 - step.keep,
+            step.carry,
+            step.low,
+            step.high,
+            step.clip,
+            step.nearest,
+            *step.seeds,
+            _pointer(counts),
+            torch.get_num_threads(),
+        )
+        return int(counts[0]), int(counts[1])
 
 
 def _pointer(tensor: Tensor, *dtypes: torch.dtype) -> int:

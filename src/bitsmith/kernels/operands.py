@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 MOST_INPUTS = 32768  # 2 * 255 * 128 * 32768 < 2^31: no sum wraps
+MOST_BLOCK = 1024  # values of a momentum that share a scale
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,22 @@ class Codes:
     def dtype(self) -> torch.dtype:
         """Of the codes, or of the bytes that hold them."""
         return torch.uint8 if self.low >= 0 or self.packed else torch.int8
+
+
+@dataclass(frozen=True)
+class Step:
+    """How `move` takes a step of an integer optimizer: m~ = keep m + (1 - keep) d, m' = m~ + carry e. clip:
+    no step off an end of the range; nearest: rounding, else stochastic. seeds: of codes, momentum,
+    residual."""
+
+    low: int
+    high: int
+    keep: float = 0.0
+    carry: float = 0.0
+    block: int = 128
+    clip: bool = False
+    nearest: bool = False
+    seeds: tuple[int, int, int] = (0, 0, 0)
 
 
 def by_panel(values: Tensor) -> Tensor:

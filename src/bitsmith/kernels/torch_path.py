@@ -15,6 +15,7 @@ from bitsmith.kernels.operands import (
     MOST_INPUTS,
     Activations,
     Codes,
+    Step,
     Weight,
     by_panel,
     pack_nibbles,
@@ -24,6 +25,7 @@ from bitsmith.kernels.operands import (
 from bitsmith.kernels.torch_products import ByteProduct, by_float_blocks
 from bitsmith.numerics.affine import quantize
 from bitsmith.numerics.calibrate import SMALLEST_STEP, range_of
+from bitsmith.numerics.pack import pack_bytes
 from bitsmith.numerics.pack import unpack as unpack_stream
 from bitsmith.numerics.rounding import hash_uniform
 
@@ -72,6 +74,10 @@ class TorchPath:
             raise ValueError(f"{count} codes of {bits} bits from bit {start} leave {stream.numel()} bytes")
         here = stream[first * bits :][: (bits * (skipped + count) + 7) // 8]
         return unpack_stream(here, bits, skipped + count, 0)[skipped:].to(torch.uint8)
+
+    def encode(self, codes: Tensor, bits: int) -> Tensor:
+        """As `Native.encode`."""
+        return pack_bytes(codes, bits)
 
     def sums(self, x: Activations, weight: Weight, out: Tensor | None = None) -> Tensor:
         """As `Native.sums`."""
@@ -173,6 +179,52 @@ class TorchPath:
         """As `Native.update`."""
         noise = hash_uniform(torch.tensor([seed]), codes)
         codes.copy_(torch.floor(codes.float() - step + noise).clamp(low, high))
+
+    def move(
+        self,
+        codes: Tensor,
+        d: Tensor,
+        step: Step,
+        momentum: tuple[Tensor, Tensor] | None = None,
+        residual: Tensor | None = None,
+    ) -> tuple[int, int]:
+        """As `Native.move`."""
+        seed, momentum_seed, residual_seed = (torch.tensor([number]) for number in step.seeds)
+        before = codes.float()
+        if step.clip:
+            d = d.masked_fill(((codes >= step.high) & (d < 0)) | ((codes <= step.low) & (d > 0)), 0.0)
+        if momentum is not None:
+            d = _momentum(*momentum, step.block) * step.keep + d * (1 - step.keep)
+        wanted = before - (d if residual is None else d - residual.float() / 127)
+        kept = wanted.clamp(step.low, step.high)
+        noisy = torch.floor(wanted + hash_uniform(seed, d)).clamp(step.low, step.high)
+        rounded = kept.round() if step.nearest else noisy
+        error = kept - rounded
+        codes.copy_(rounded)
+        if residual is not None:
+            left = torch.floor(error * 127 + hash_uniform(residual_seed, d))
+            residual.copy_(left.clamp(-127, 127))
+        if momentum is not None:
+            _set_momentum(*momentum, d + error * step.carry, step.block, momentum_seed)
+        return int((kept != wanted).sum()), int((rounded != before).sum())
+
+
+def _in_blocks(values: Tensor, block: int) -> Tensor:
+    """(r, k) -> (r, blocks, block), padded with zeros."""
+    padded = torch.nn.functional.pad(values, (0, -values.shape[1] % block))
+    return padded.view(len(values), padded.shape[1] // block, block)
+
+
+def _momentum(codes: Tensor, scale: Tensor, block: int) -> Tensor:
+    return (_in_blocks(codes.float(), block) * scale.float()[..., None]).flatten(1)[:, : codes.shape[1]]
+
+
+def _set_momentum(codes: Tensor, scale: Tensor, values: Tensor, block: int, seed: Tensor) -> None:
+    """Scales are rounded, so a block's largest value has some room below 127 of them."""
+    blocks = _in_blocks(values, block)
+    scale.copy_((blocks.abs().amax(2) * ((1 + 2.0**-7) / 127)).clamp(min=2.0**-120))
+    steps = (blocks / scale.float()[..., None]).flatten(1)[:, : codes.shape[1]]
+    codes.copy_(torch.floor(steps + hash_uniform(seed, values)).clamp(-127, 127))
 
 
 def encode(values: Tensor, to: Codes) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bitsmith.errors import FormatError, SiteError, check_choice, check_value
 from bitsmith.kernels.choose import best
+from bitsmith.kernels.operands import MOST_BLOCK
 from bitsmith.numerics.calibrate import METHODS
 from bitsmith.numerics.rounding import mix
 from bitsmith.optim import blocks
@@ -72,7 +73,7 @@ class IntegerOptimizer(torch.optim.Optimizer):
         name = type(self).__name__
         check_value(f"{name}.lr", lr, 0 <= lr < float("inf"), "a finite number >= 0")
         check_value(f"{name}.momentum", momentum, 0 <= momentum < 1, "0 to below 1")
-        check_value(f"{name}.block", block, type(block) is int and block >= 8, "a whole number from 8 on")
+        check_value(f"{name}.block", block, type(block) is int and 8 <= block <= MOST_BLOCK, "8 to 1024")
         check_value(f"{name}.refit_every", refit_every, refit_every >= 1, "a whole number from 1 on")
         check_choice(f"{name}.carry", carry, self.carries)
         check_choice(f"{name}.estimator", estimator, ESTIMATORS)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from bitsmith.kernels.choose import Backend
+from bitsmith.kernels.operands import Step
 from bitsmith.numerics.affine import quantize
 from bitsmith.numerics.blocks import to_groups
 from bitsmith.numerics.calibrate import calibrate
@@ -91,56 +92,45 @@ def take_step(
     _, low, high, half = grid_of(weight)
     inputs, size = matrix_shape(weight)[1], weight.form.group_size
     scales, codes, b = scales_of(weight), read_rows(weight, backend, at), rule.momentum
-    scale = spread(scales[at], inputs, size)
-    d = direction * lr
-    d = d / scale if rule.scale_gradients else d * scale
-    before = codes.float()
-    m = r = None
-    if state.momentum is not None:
-        assert state.momentum_scale is not None
-        m = blocks.read(state.momentum[at], state.momentum_scale[at], rule.block)
-    if state.residual is not None:
-        r = state.residual[at].float() / RESIDUAL
-    if rule.estimator != "pure":
-        carried = carried_of(m, r, b, rule) if rule.estimator in NEEDS_LATENT else None
+    ratio = lr / scales[at] if rule.scale_gradients else scales[at] * lr
+    d = direction * spread(ratio, inputs, size)
+    m = None
+    if state.momentum is not None and state.momentum_scale is not None:
+        m = (state.momentum[at], state.momentum_scale[at])  # views of a chunk, copies of rows of an index
+    r = None if state.residual is None else state.residual[at]
+    if rule.scale_rate or rule.weight_decay:
+        levels = codes + half if half else codes.float()
+        if rule.scale_rate:
+            squares = group_sums(levels * levels, size).clamp(min=1.0)
+            change = group_sums(levels * d, size).div_(squares).mul_(-rule.scale_rate)
+            scales[at] = scales[at] * change.clamp_(-LARGEST_CHANGE, LARGEST_CHANGE).exp_()
+        if rule.weight_decay:
+            d.add_(levels, alpha=lr * rule.weight_decay)
+    if rule.estimator in NEEDS_LATENT:
+        momentum = None if m is None else blocks.read(*m, rule.block)
+        carried = carried_of(momentum, None if r is None else r.float() / RESIDUAL, b)
         d = estimated(rule.estimator, d, codes, carried, low, high, mix(seed, NOISE))
-    levels = before + half if half else before
-    if rule.scale_rate:
-        change = group_sums(d * levels, size) / group_sums(levels * levels, size).clamp(min=1.0)
-        bound = LARGEST_CHANGE
-        scales[at] = scales[at] * torch.exp((-rule.scale_rate * change).clamp(-bound, bound))
-    if rule.weight_decay:
-        d = d + lr * rule.weight_decay * levels
-    step = d if m is None else m.mul_(b).add_(d, alpha=1 - b)
-    if r is not None:
-        step = step - r
-    wanted = before - step
-    kept = wanted.clamp(low, high)
-    state.cut += int((kept != wanted).sum())
-    if r is not None and rule.estimator != "probabilistic":
-        codes = kept.round().to(torch.int8)
-    else:
-        backend.update(codes, step.contiguous(), mix(seed, UPDATE), low, high)
-    state.moved += int((codes != before).sum())
-    error = kept.sub_(codes)
-    if r is not None:
-        assert state.residual is not None
-        left = torch.zeros_like(codes)
-        backend.update(left, (error * -RESIDUAL).contiguous(), mix(seed, LEFT_OVER), -RESIDUAL, RESIDUAL)
-        state.residual[at] = left
-        if m is not None:
-            step = step + r
-    if m is not None:
-        assert state.momentum is not None
-        assert state.momentum_scale is not None
-        if rule.carry == "eco":
-            step = step.add_(error, alpha=1 - 1 / b)
-        made = blocks.write(step, rule.block, mix(seed, MOMENTUM), backend)
-        state.momentum[at], state.momentum_scale[at] = made
+    step = Step(
+        low,
+        high,
+        keep=b,
+        carry=1 - 1 / b if rule.carry == "eco" else 0.0,
+        block=rule.block,
+        clip=rule.estimator != "pure",
+        nearest=r is not None and rule.estimator != "probabilistic",
+        seeds=(mix(seed, UPDATE), mix(seed, MOMENTUM), mix(seed, LEFT_OVER)),
+    )
+    cut, moved = backend.move(codes, d, step, m, r)
+    state.cut, state.moved = state.cut + cut, state.moved + moved
     write_rows(weight, backend, at, codes)
+    if isinstance(at, Tensor):
+        if m is not None and state.momentum is not None and state.momentum_scale is not None:
+            state.momentum[at], state.momentum_scale[at] = m
+        if r is not None and state.residual is not None:
+            state.residual[at] = r
 
 
-def carried_of(m: Tensor | None, r: Tensor | None, b: float, rule: Rule) -> Tensor | None:
+def carried_of(m: Tensor | None, r: Tensor | None, b: float) -> Tensor | None:
     """u - q: the residual, or else the way that momentum has still to go, within half a code."""
     if r is not None:
         return r.clamp(-0.5, 0.5)
@@ -165,7 +155,7 @@ def refit(
         assert state.momentum_scale is not None
         m = blocks.read(state.momentum[at], state.momentum_scale[at], rule.block)
     r = None if state.residual is None else state.residual[at].float() / RESIDUAL
-    carried = carried_of(m, r, rule.momentum, rule)
+    carried = carried_of(m, r, rule.momentum)
     old = spread(scales[at], inputs, size)
     u = codes + half if carried is None else codes + carried + half
     values = u * old

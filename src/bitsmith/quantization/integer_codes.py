@@ -16,7 +16,6 @@ from torch import Tensor
 from bitsmith.kernels.choose import Backend
 from bitsmith.kernels.operands import Weight
 from bitsmith.numerics.blocks import group_count
-from bitsmith.numerics.pack import pack_bytes
 from bitsmith.quantization.integer_layers import PackedWeight
 
 CHUNK = 2**17  # values of a weight that are floats at one moment
@@ -74,9 +73,9 @@ def write_rows(weight: PackedWeight, backend: Backend, at: slice | Tensor, codes
     if isinstance(at, Tensor) and inputs * bits % 8:
         every = unsigned_codes(weight, backend)
         every[at] = (codes - low).view(torch.uint8)
-        weight.codes.copy_(pack_bytes(every.reshape(-1), bits))
+        weight.codes.copy_(backend.encode(every.reshape(-1), bits))
         return
-    stream = pack_bytes((codes - low).view(torch.uint8).reshape(-1), bits)
+    stream = backend.encode((codes - low).view(torch.uint8).reshape(-1), bits)
     if isinstance(at, slice):
         first = at.start * inputs * bits // 8
         weight.codes[first : first + len(stream)] = stream

@@ -120,10 +120,60 @@ void bitsmith_unpack(const uint8_t *from, int64_t n, int64_t k, int64_t group, i
         }
 }
 
-/* `count` codes of the native format's dense bit stream, the first at bit `start`: one a byte, counted from 0. */
+/* `count` codes of the native format's dense bit stream, the first at bit `start`: one a byte, counted from 0. Widths
+   that divide a byte go byte by byte, which becomes vectors. */
 void bitsmith_decode(const uint8_t *stream, int64_t bytes, int64_t start, int64_t bits, int64_t count, uint8_t *to) {
-    for (int64_t i = 0, bit = start; i < count; i++, bit += bits) {
+    int64_t done = 0;
+    if (start % 8 == 0 && 8 % bits == 0) {
+        const uint8_t *restrict from = stream + start / 8;
+        uint8_t *restrict out = to;
+        const int64_t whole = count * bits / 8;
+        if (bits == 8)
+            memcpy(out, from, (size_t)whole);
+        else if (bits == 4)
+            for (int64_t i = 0; i < whole; i++) {
+                out[2 * i] = from[i] & 15;
+                out[2 * i + 1] = from[i] >> 4;
+            }
+        else if (bits == 2)
+            for (int64_t i = 0; i < whole; i++)
+                for (int64_t j = 0; j < 4; j++)
+                    out[4 * i + j] = from[i] >> 2 * j & 3;
+        else
+            for (int64_t i = 0; i < whole; i++)
+                for (int64_t j = 0; j < 8; j++)
+                    out[8 * i + j] = from[i] >> j & 1;
+        done = whole * 8 / bits;
+    }
+    for (int64_t i = done, bit = start + done * bits; i < count; i++, bit += bits) {
         int64_t byte = bit / 8, pair = stream[byte] | (byte + 1 < bytes ? stream[byte + 1] << 8 : 0);
         to[i] = (uint8_t)(pair >> bit % 8 & ((1 << bits) - 1));
+    }
+}
+
+/* The inverse from a whole byte on: `to` takes (count * bits + 7) / 8 bytes, what is left of the last one is 0. */
+void bitsmith_encode(const uint8_t *codes, int64_t count, int64_t bits, uint8_t *to) {
+    int64_t done = 0, whole = count * bits / 8;
+    const uint8_t *restrict from = codes;
+    uint8_t *restrict out = to;
+    if (bits == 8) {
+        memcpy(out, from, (size_t)count);
+        return;
+    }
+    if (bits == 4) {
+        for (int64_t i = 0; i < whole; i++)
+            out[i] = (uint8_t)(from[2 * i] | from[2 * i + 1] << 4);
+        done = 2 * whole;
+    } else if (bits == 2) {
+        for (int64_t i = 0; i < whole; i++)
+            out[i] = (uint8_t)(from[4 * i] | from[4 * i + 1] << 2 | from[4 * i + 2] << 4 | from[4 * i + 3] << 6);
+        done = 4 * whole;
+    }
+    memset(out + done * bits / 8, 0, (size_t)((count * bits + 7) / 8 - done * bits / 8));
+    for (int64_t i = done, bit = done * bits; i < count; i++, bit += bits) {
+        int64_t byte = bit / 8, shift = bit % 8;
+        out[byte] |= (uint8_t)(from[i] << shift);
+        if (shift + bits > 8)
+            out[byte + 1] |= (uint8_t)(from[i] >> (8 - shift));
     }
 }
