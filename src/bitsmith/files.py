@@ -4,7 +4,7 @@ A file is written under a temporary name in the same folder, fsynced and renamed
 or the new one, never half of one. Only JSON and safetensors are read. A safetensors file of ours carries the
 sha256 of its tensors (names, shapes, dtypes, bytes) in its metadata; it is checked on load, so that a
 flipped bit is an error and not a slightly different model. Unlike the library's own writer, which holds the
-whole file in memory and shuffles the metadata, ours writes tensor by tensor, and equal tensors give equal bytes.
+whole file in memory and shuffles the metadata, ours writes tensor by tensor: equal tensors give equal bytes.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from bitsmith.errors import FormatError, RunError
 
 DIGEST = "sha256"
 DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
 }  # fmt: skip
 
 
@@ -42,7 +43,8 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | Iterable[Any]) -> N
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         with os.fdopen(descriptor, "wb") as file:
-            file.writelines([data] if isinstance(data, bytes) else data)
+            for part in (data,) if isinstance(data, bytes) else data:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp's 0600 would surprise whoever shares a run directory
@@ -117,7 +119,10 @@ def save_tensors(
     """Write a safetensors file with a digest in its metadata. Each tensor is stored whole, shared or not."""
     facts = {**(metadata or {}), "format": "pt", DIGEST: digest(tensors)}
     header: dict[str, Any] = {"__metadata__": dict(sorted(facts.items()))}
-    names, end = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)), 0  # each one aligned
+    names, end = (
+        sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)),
+        0,
+    )  # each one aligned
     for name in names:
         tensor, start = tensors[name], end
         end += tensor.numel() * tensor.element_size()

@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from bitsmith.cli import bench, compare, evaluate, export, inspect, run, sensitivity, sweep
+from bitsmith.cli import adapt, bench, compare, evaluate, export, inspect, run, sensitivity, sweep
 from bitsmith.errors import BitsmithError
 
 app = typer.Typer(
@@ -48,6 +48,7 @@ for _name, _command in {
     "inspect": inspect,
     "evaluate": evaluate,
     "export": export,
+    "adapt": adapt,
     "compare": compare,
 }.items():
     _add(_name, _command)

@@ -30,7 +30,7 @@ from bitsmith.numerics.pack import pack_bytes, packed_size, unpack
 
 VERSION = "1"
 MARK = "bitsmith_delta"
-GAPS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+GAPS = {1: "<u1", 2: "<u2", 4: "<u4", 8: "<u8"}  # bytes of a gap
 Tensors = Mapping[str, Tensor]
 
 
@@ -61,7 +61,7 @@ def share_changed(text: bytes, base: Tensors, result: Tensors) -> float:
 
 
 def write_delta(path: str | os.PathLike[str], text: bytes, base: Tensors, result: Tensors) -> int:
-    """Write what turns ``base`` into ``result``, two models whose configuration is ``text``. Returns bytes."""
+    """Write what turns ``base`` into ``result``, two models of the configuration ``text``. Returns bytes."""
     widths, stored, changes = code_widths(text), {}, {}
     for name, new in result.items():
         old = base[name]
@@ -143,7 +143,7 @@ def _codes(old: Tensor, new: Tensor, bits: int, count: int) -> tuple[bytes, dict
     after = unpack(new, bits, count, 0)
     at = (unpack(old, bits, count, 0) != after).nonzero().flatten()
     gaps = at.diff(prepend=at.new_zeros(1)).numpy()
-    size = next(size for size, kind in GAPS.items() if gaps.max() <= np.iinfo(kind).max)
+    size = next(size for size in GAPS if int(gaps.max()) < 256**size)
     values = pack_bytes(after[at].to(torch.uint8), bits)
     entry = {"kind": "codes", "bits": bits, "count": len(at), "gap": size}
     return gaps.astype(GAPS[size]).tobytes() + _bytes(values).tobytes(), entry

@@ -27,12 +27,13 @@ from bitsmith.export.delta import model_digest, share_changed, write_delta
 from bitsmith.export.native import CONFIG, TENSORS, read_stored, write_stored
 from bitsmith.files import read_json, write_json
 from bitsmith.optim import IntegerAdam
-from bitsmith.recipe.adapt_memory import Need, in_megabytes, plan_memory
+from bitsmith.recipe.adapt_memory import Need, plan_memory, return_freed
 from bitsmith.recipe.adapt_model import Opened, check_data, check_model, digest_of, open_model
 from bitsmith.recipe.directory import hold
 from bitsmith.recipe.progress import Event, Progress, silent
 from bitsmith.recipe.schema import relocated
 from bitsmith.recipe.threads import threads_for
+from bitsmith.report.words import size
 from bitsmith.tasks import Examples, load
 from bitsmith.train import Progress as TrainProgress
 from bitsmith.train import TrainConfig, train
@@ -47,7 +48,7 @@ class AdaptSettings:
 
     epochs: int = 5
     steps: int | None = None
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-2
     batch_size: int = 32
     seed: int = 0
     memory_limit: int | None = None
@@ -70,7 +71,11 @@ class AdaptSettings:
                 device="cpu",
             )
         except RecipeError as error:
-            options = {"train.learning_rate": "--lr", "train.batch_size": "--batch-size", "train.seed": "--seed"}
+            options = {
+                "train.learning_rate": "--lr",
+                "train.batch_size": "--batch-size",
+                "train.seed": "--seed",
+            }
             raise relocated(error, options.get(error.where, error.where)) from None
 
 
@@ -96,12 +101,14 @@ def adapt(
     source, settings = Path(exported), settings or AdaptSettings()
     place, tell = source if out is None else Path(out), progress or silent
     check_model(source)
+    if settings.memory_limit is not None:
+        return_freed()
     with _held(place, source, settings, resume) as finished:
         if finished is not None:
             return finished
         examples = load(data, seed=settings.seed, model=factory or "") if isinstance(data, str) else data
-        note = f"{examples.name}: {len(examples.train_x)} training and {len(examples.test_x)} test {examples.unit}"
-        tell(Event("data", note=note))
+        rows = f"{len(examples.train_x)} training and {len(examples.test_x)} test {examples.unit}"
+        tell(Event("data", note=f"{examples.name}: {rows}"))
         with torch.random.fork_rng(devices=[]):
             opened = open_model(source, factory)
             if opened.text != opened.base and (out is None or delta is not None):
@@ -205,12 +212,12 @@ def _optimizer(model: nn.Module, learning_rate: float) -> IntegerAdam:
 def _stated(opened: Opened, need: Need, settings: AdaptSettings) -> Iterator[str]:
     """What is known before the first step."""
     parts = {"data": need.data, "model": need.model, "optimizer": need.optimizer, "a step": need.step}
-    listed = ", ".join(f"{name} {in_megabytes(count)}" for name, count in parts.items())
-    yield f"needs {in_megabytes(need.total)} beside the libraries: {listed}, batches of {need.batch_size}"
+    listed = ", ".join(f"{name} {size(count)}" for name, count in parts.items())
+    yield f"needs {size(need.total)} beside the libraries: {listed}, batches of {need.batch_size}"
     if need.batch_size < min(need.asked, settings.batch_size):
         yield (
             f"batches of {need.batch_size} instead of {settings.batch_size}, for the limit of "
-            f"{in_megabytes(settings.memory_limit or 0)}; the learning rate is unchanged"
+            f"{size(settings.memory_limit or 0)}; the learning rate is unchanged"
         )
     if opened.frozen:
         yield f"frozen, as they have no integer form: {', '.join(opened.frozen)}"
@@ -225,20 +232,13 @@ def _held(
 ) -> Iterator[dict[str, Any] | None]:
     """Hold the folder; gives the record where the work to be resumed is finished."""
     if place.exists() and not place.is_dir():
-        raise RecipeError("this is a file, not a directory", where=f"--out {place}", remedy="Choose another --out")
+        raise RecipeError(
+            "this is a file, not a directory", where=f"--out {place}", remedy="Choose another --out"
+        )
     with hold(place):
         record = read_record(place)
         if not resume:
-            if (place / CHECKPOINT).exists():
-                raise RecipeError(
-                    "an unfinished adaptation lies here",
-                    where=str(place / CHECKPOINT),
-                    remedy="Go on with --resume, or delete this file to begin anew",
-                )
-            if place.resolve() != source.resolve() and (place / TENSORS).exists():
-                raise RecipeError(
-                    "this folder holds a model", where=f"--out {place}", remedy="Choose another --out"
-                )
+            check_place(source, place)
             yield None
             return
         if record is None:
@@ -266,6 +266,18 @@ def _held(
                 remedy=f"Restore it, or delete {place / CHECKPOINT} and begin anew without --resume",
             )
         yield None
+
+
+def check_place(source: Path, place: Path) -> None:
+    """Refuse a folder where an adaptation is unfinished, or another model lies. Raises RecipeError."""
+    if (place / CHECKPOINT).exists():
+        raise RecipeError(
+            "an unfinished adaptation lies here",
+            where=str(place / CHECKPOINT),
+            remedy="Go on with --resume, or delete this file to begin anew",
+        )
+    if place.resolve() != source.resolve() and (place / TENSORS).exists():
+        raise RecipeError("this folder holds a model", where=f"--out {place}", remedy="Choose another --out")
 
 
 def read_record(place: Path) -> dict[str, Any] | None:

@@ -3,10 +3,13 @@
 State is counted; what a step takes is measured on a real one, forward and backward, at a learning rate of 0,
 which moves nothing. A step of 2n rows takes at most twice what one of n takes, so a limit is approached from
 below: no trial goes beyond it. Python, PyTorch and other libraries are not counted: they are there before.
+glibc keeps freed blocks of up to 32 MB, which nearly doubled what a process held: `return_freed` forbids it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -25,7 +28,10 @@ from bitsmith.train.distillation import cross_entropy
 from bitsmith.train.peak import PeakBytes
 from bitsmith.train.run import frozen_statistics
 
-KEPT = 1.15  # what an allocator holds for every byte of short-lived tensors: measured, rounded up
+KEPT = 1.1  # bytes that an allocator holds for each one of short-lived tensors: measured, rounded up
+AROUND = 8_000_000  # Python objects, small blocks, files that are read: measured, rounded up
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of mallopt
+LARGE = 65536
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 MakeOptimizer = Callable[[nn.Module, float], IntegerOptimizer]
 
@@ -47,10 +53,11 @@ class Need:
 
     @property
     def total(self) -> int:
-        """The most that is there at one time. A checkpoint is copied once while it is written or read."""
+        """The most that is there at one time, with some room. A checkpoint is copied once while it is written
+        or read."""
         state = self.model + self.optimizer
         most = max(KEPT * self.step, state, self.answers, self.skeleton - self.optimizer)
-        return int(self.data + state + most)
+        return int(self.data + state + most) + AROUND
 
     def with_step(self, step: int, batch_size: int) -> Need:
         """The same with another batch."""
@@ -80,7 +87,9 @@ def plan_memory(
     optimizer = make(model, 0.0)
     state = _bytes(optimizer.tensors().values())
     optimizer.detach()
-    rows = len(data.test_x) * answers * 12 if isinstance(data, Labelled) else 0  # float32, and float64 to score
+    rows = (
+        len(data.test_x) * answers * 12 if isinstance(data, Labelled) else 0
+    )  # float32, and float64 to score
     held = [tensor for split in SPLITS for tensor in data.split(split)]
     need = Need(_bytes(held), _bytes(_tensors(model)), state, 0, rows, skeleton, 0, asked)
     if limit is None:
@@ -158,11 +167,23 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
 
 
+def return_freed() -> None:
+    """Let glibc give every freed block of 64 KiB and more back to the system, from now on; where there is
+    another C library, it stays as it is."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(MMAP_THRESHOLD, LARGE)
+        libc.mallopt(TRIM_THRESHOLD, LARGE)
+        libc.malloc_trim(0)
+
+
 def parse_bytes(text: str, where: str = "--memory-limit") -> int:
-    """"200MB", "1.5 GB", "512MiB" or a number of bytes. Raises RecipeError."""
+    """ "200MB", "1.5 GB", "512MiB" or a number of bytes. Raises RecipeError."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?)B?\s*", text.upper())
     if found is None or found[2] not in UNITS:
-        raise RecipeError("this is no amount of memory", where=where, got=text, expected="such as 200MB or 1.5GiB")
+        raise RecipeError(
+            "this is no amount of memory", where=where, got=text, expected="such as 200MB or 1.5GiB"
+        )
     return int(float(found[1]) * UNITS[found[2]])
 
 

@@ -74,7 +74,9 @@ def open_model(directory: Path, factory: str | None = None) -> Opened:
     found = resume_integer(model, keep_float=True)
     layers = int_layers(model)
     if not layers:
-        kinds = ", ".join(f"{name}: {layer.extra_repr() or layer.kind}" for name, layer in _frozen(model).items())
+        kinds = ", ".join(
+            f"{name}: {layer.extra_repr() or layer.kind}" for name, layer in _frozen(model).items()
+        )
         raise SiteError(
             "no layer of this model has an integer form to train on", where=str(directory), got=kinds
         )

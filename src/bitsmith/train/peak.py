@@ -1,7 +1,7 @@
 """How many bytes of tensors live at the same time in a piece of work, such as a step of training.
 
 Every storage that an operator makes is counted from then on until it is freed, in forward and backward.
-Memory that an operator takes and gives back inside itself is not seen, and neither is what an allocator keeps.
+What an operator takes and gives back inside itself is not seen, and neither is what an allocator keeps.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 
 class PeakBytes(TorchDispatchMode):
-    """``with PeakBytes(tensors) as seen: ...``; then ``seen.peak``. ``known``: tensors that were there before,
-    which are not counted."""
+    """``with PeakBytes(tensors) as seen: ...``; then ``seen.peak``. ``known``: tensors that were there
+    before, which are not counted."""
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
