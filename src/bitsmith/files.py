@@ -43,7 +43,8 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | Iterable[Any]) -> N
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         with os.fdopen(descriptor, "wb") as file:
-            for part in (data,) if isinstance(data, bytes) else data:
+            parts: Iterable[Any] = (data,) if isinstance(data, bytes) else data
+            for part in parts:
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())

@@ -151,8 +151,8 @@ def _codes(old: Tensor, new: Tensor, bits: int, count: int) -> tuple[bytes, dict
 
 def _uncodes(old: Tensor, data: bytes, entry: dict[str, Any]) -> Tensor:
     bits, count, size = int(entry["bits"]), int(entry["count"]), int(entry["gap"])
-    total = old.numel() * 8 // bits  # up to seven more than there are, of which none changes
-    if not 0 < count <= total or len(data) != count * size + packed_size(count, bits):
+    total = old.numel() * 8 // max(bits, 1)  # up to seven more than there are, of which none changes
+    if not 1 <= bits <= 8 or not 0 < count <= total or len(data) != count * size + packed_size(count, bits):
         raise ValueError("a number of codes that does not fit")
     gaps = np.frombuffer(data[: count * size], GAPS[size]).astype(np.int64)
     values = torch.frombuffer(bytearray(data[count * size :]), dtype=torch.uint8)
