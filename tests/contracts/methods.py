@@ -151,7 +151,10 @@ METHODS: dict[str, Callable[[Tensor], list[Method]]] = {
     ],
     "fractional bits": lambda example: [
         FractionalBits(
-            example, target={"average_weight_bits": 3, "average_activation_bits": 3}, learn_share=0.7
+            example,
+            target={"average_weight_bits": 3, "average_activation_bits": 3},
+            bits=(2, 4),
+            learn_share=0.7,
         )
     ],
     "fractional bits by channel, sampled": lambda example: [

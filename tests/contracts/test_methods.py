@@ -28,10 +28,23 @@ WEIGHTS = Scheme(bits=4, granularity="channel", calibration="minmax")  # the che
 ACTIVATIONS = Scheme(bits=4, calibration="minmax")
 CONFIG = TrainConfig(epochs=2, batch_size=8, learning_rate=0.02, ema=0.9, accumulation=2, device="cpu")
 
-pytestmark = [
-    pytest.mark.parametrize("method", METHODS),
-    pytest.mark.parametrize("model", MODELS),
-]
+ON_BOTH = (
+    "budget_search",
+    "fractional bits",
+    "progressive bits",
+    "output approximation",
+    "weight anchor",
+    "SAM",
+)
+
+
+def case(model: str, method: str):
+    """Of the transformer's rows, which take most of the time, one for each method that users name."""
+    slow = [pytest.mark.slow] if model != "cnn" and method not in ON_BOTH else []
+    return pytest.param(model, method, marks=slow, id=f"{method}-{model}")
+
+
+pytestmark = pytest.mark.parametrize(("model", "method"), [case(n, m) for n in MODELS for m in METHODS])
 
 
 def start(model: str, method: str, seed: int = 0) -> tuple[nn.Module, list[Method]]:

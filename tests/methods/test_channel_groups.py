@@ -145,9 +145,8 @@ def test_groups_are_refused_where_nothing_can_hold_them() -> None:
         BudgetSearch({"bops": 0.02}, X[:1], channel_groups=2).attach(model)
 
 
-@pytest.mark.parametrize(
-    "mode", ["sampled", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("mixed", "real"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["sampled", "mixed", "real"])
 def test_one_graph_serves_all_draws_and_computes_what_eager_does(mode: str) -> None:
     model, search = searching({"bops": 0.02}, mode=mode, channel_groups=3)
     torch.compiler.reset()

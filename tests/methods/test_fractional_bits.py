@@ -114,8 +114,17 @@ def test_a_strength_presses_widths_down_and_more_of_it_further() -> None:
     assert ends[1] < 6.0
 
 
-@pytest.mark.parametrize("mode", ["sampled", "argmax", "mixed", "real"])
-@pytest.mark.parametrize("parametrization", ["continuous", "categorical"])
+@pytest.mark.parametrize(
+    ("mode", "parametrization"),
+    [
+        *((mode, "continuous") for mode in ("sampled", "argmax", "mixed", "real")),
+        ("mixed", "categorical"),
+        *(
+            pytest.param(mode, "categorical", marks=pytest.mark.slow)
+            for mode in ("sampled", "argmax", "real")
+        ),
+    ],
+)
 def test_a_target_is_reached_from_above(mode: str, parametrization: str) -> None:
     target = {"average_weight_bits": 4.2, "average_activation_bits": 5.0}
     model, method = learning(target=target, mode=mode, parametrization=parametrization, learn_share=0.8)

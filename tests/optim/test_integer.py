@@ -159,6 +159,8 @@ def test_closures_early_steps_clipping_and_second_optimizers_are_refused() -> No
         (IntegerSGD, {"momentum": 0.0}, "residual or none without momentum"),
         (IntegerSign, {"carry": "eco"}, "no such carry"),
         (IntegerSGD, {"estimator": "through"}, "no such estimator"),
+        (IntegerSign, {"carry": "none", "estimator": "smooth"}, "needs no latent weight"),
+        (IntegerSGD, {"scale_rate": -1.0}, "IntegerSGD.scale_rate"),
         (IntegerSGD, {"scales": "free"}, "no such scales"),
         (IntegerAdam, {"second": 1.0}, "IntegerAdam.second"),
         (IntegerSGD, {"block": 3}, "IntegerSGD.block"),

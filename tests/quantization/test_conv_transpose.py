@@ -115,8 +115,9 @@ def test_packed_and_stored_it_is_what_was_trained(
     assert payload == measure(model, X).report()["weight_bytes"]
 
 
-@pytest.mark.parametrize("weights", SCHEMES[:3], ids=str)
-@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize(
+    ("weights", "geometry"), list(zip(SCHEMES[:3], GEOMETRIES[:3], strict=True)), ids=str
+)
 def test_onnx_runtime_computes_what_was_trained(
     weights: Scheme, geometry: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -231,8 +231,15 @@ def test_what_is_decided_for_float_is_packed_as_what_was_left_in_float(name: str
     torch.testing.assert_close(logits(packed[0]), logits(whole), rtol=1e-4, atol=1e-4)
 
 
-@MODELS
-@pytest.mark.parametrize("dropped", [False, True], ids=["committed", "collapsed"])
+@pytest.mark.parametrize(
+    ("name", "arguments", "dropped"),
+    [
+        ("digits_cnn", {}, True),
+        ("digits_vit", VIT, False),
+        pytest.param("digits_cnn", {}, False, marks=pytest.mark.slow),
+        pytest.param("digits_vit", VIT, True, marks=pytest.mark.slow),
+    ],
+)
 def test_files_with_sites_in_float_are_verified(
     tmp_path: Path, name: str, arguments: dict, dropped: bool
 ) -> None:

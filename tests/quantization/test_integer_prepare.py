@@ -164,6 +164,7 @@ def test_what_is_saved_and_loaded_are_the_trained_codes_bit_for_bit_and_back(
     assert [type(m) for m in int_layers(loaded).values()] == [IntConv2d, IntConv2d, IntLinear, IntLinear]
     assert_same(trained, codes_of(loaded))
     stepped(loaded.train(), 1)
+    assert {"1.weight", "7.bias"} <= {name for name, p in loaded.named_parameters() if p.requires_grad}
     again = codes_of(loaded)
     assert any(not torch.equal(again[name][0], trained[name][0]) for name in trained)
     assert_same(again, codes_of(finalize_integer(loaded)))

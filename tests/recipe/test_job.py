@@ -124,6 +124,14 @@ def data_for(name: str, tmp_path: Path) -> list[str]:
             "data.arguments={largest: 9}",
             "quantize.calibration_samples=8",
         ]
+    if name == "segmentation":
+        return [
+            "model.arguments={width: 4, depth: 1}",
+            "data.arguments={train: 24, validation: 8, test: 10, augment: shift}",
+            "quantize.calibration_samples=16",
+        ]
+    if name in ("digits_vit", "progressive"):
+        return ["model.arguments={width: 16, depth: 2, heads: 2, hidden: 48}", "train.batch_size=640"]
     if name != "cifar10_resnet20":
         return ["train.batch_size=640"]
     random = np.random.default_rng(0)
@@ -143,7 +151,13 @@ def data_for(name: str, tmp_path: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml")))
+RECIPES = [
+    pytest.param(path.stem, marks=[pytest.mark.slow] if path.stem == "cifar10_resnet20" else [])
+    for path in sorted((ROOT / "recipes").glob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_runs_to_its_end(name: str, tmp_path: Path) -> None:
     written = load_recipe(ROOT / "recipes" / f"{name}.yaml")
     overrides = [f"train.epochs={min(1, written.train.epochs)}", *data_for(name, tmp_path)]

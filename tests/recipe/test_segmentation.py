@@ -146,6 +146,7 @@ def test_sensitivities_say_what_each_site_costs_in_mean_iou(tmp_path: Path) -> N
     assert "ccuracy" not in page
 
 
+@pytest.mark.slow
 def test_a_sweep_is_a_front_of_mean_iou(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = sweep(recipe(SEARCH), [0.02, 0.04], tmp_path / "out")
     best = max(point["searched"]["mean_iou"] for point in found["points"])

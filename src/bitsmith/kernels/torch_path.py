@@ -24,6 +24,7 @@ from bitsmith.kernels.operands import (
 )
 from bitsmith.kernels.torch_products import ByteProduct, by_float_blocks
 from bitsmith.numerics.affine import quantize
+from bitsmith.numerics.blocks import to_groups
 from bitsmith.numerics.calibrate import SMALLEST_STEP, range_of
 from bitsmith.numerics.pack import pack_bytes
 from bitsmith.numerics.pack import unpack as unpack_stream
@@ -209,19 +210,13 @@ class TorchPath:
         return int((kept != wanted).sum()), int((rounded != before).sum())
 
 
-def _in_blocks(values: Tensor, block: int) -> Tensor:
-    """(r, k) -> (r, blocks, block), padded with zeros."""
-    padded = torch.nn.functional.pad(values, (0, -values.shape[1] % block))
-    return padded.view(len(values), padded.shape[1] // block, block)
-
-
 def _momentum(codes: Tensor, scale: Tensor, block: int) -> Tensor:
-    return (_in_blocks(codes.float(), block) * scale.float()[..., None]).flatten(1)[:, : codes.shape[1]]
+    return (to_groups(codes.float(), block, False) * scale.float()[..., None]).flatten(1)[:, : codes.shape[1]]
 
 
 def _set_momentum(codes: Tensor, scale: Tensor, values: Tensor, block: int, seed: Tensor) -> None:
     """Scales are rounded, so a block's largest value has some room below 127 of them."""
-    blocks = _in_blocks(values, block)
+    blocks = to_groups(values, block, False)
     scale.copy_((blocks.abs().amax(2) * ((1 + 2.0**-7) / 127)).clamp(min=2.0**-120))
     steps = (blocks / scale.float()[..., None]).flatten(1)[:, : codes.shape[1]]
     codes.copy_(torch.floor(steps + hash_uniform(seed, values)).clamp(-127, 127))

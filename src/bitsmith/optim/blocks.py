@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bitsmith.kernels.choose import Backend
+from bitsmith.numerics.blocks import to_groups
 
 HIGH = 127
 ROOM = 1 + 2.0**-7  # bfloat16 rounds by 2^-9 of a value, float32 on the way here by less
@@ -27,23 +28,16 @@ def zeros(rows: int, inputs: int, block: int) -> tuple[Tensor, Tensor]:
 def read(codes: Tensor, scale: Tensor, block: int) -> Tensor:
     """Codes (r, inputs), scales (r, blocks) -> float32 (r, inputs)."""
     inputs = codes.shape[1]
-    values = _blocks(codes.float(), block) * scale.float()[..., None]
+    values = to_groups(codes.float(), block, False) * scale.float()[..., None]
     return values.flatten(1)[:, :inputs]
 
 
 def write(values: Tensor, block: int, seed: int, backend: Backend) -> tuple[Tensor, Tensor]:
     """The inverse, in expectation over seeds."""
     r, inputs = values.shape
-    blocks = _blocks(values, block)
+    blocks = to_groups(values, block, False)
     scale = (blocks.abs().amax(2) * (ROOM / HIGH)).clamp(min=TINY).to(torch.bfloat16)
     step = (blocks / -scale.float()[..., None]).flatten(1)[:, :inputs].contiguous()
     codes = torch.zeros(r, inputs, dtype=torch.int8)
     backend.update(codes, step, seed, -HIGH, HIGH)
     return codes, scale
-
-
-def _blocks(values: Tensor, block: int) -> Tensor:
-    """(r, inputs) -> (r, blocks, block), padded with zeros."""
-    if values.shape[1] % block:
-        values = torch.nn.functional.pad(values, (0, -values.shape[1] % block))
-    return values.view(len(values), -1, block)

@@ -22,7 +22,7 @@ from bitsmith.kernels.operands import MOST_BLOCK
 from bitsmith.numerics.calibrate import METHODS
 from bitsmith.numerics.rounding import mix
 from bitsmith.optim import blocks
-from bitsmith.optim.estimators import ESTIMATORS
+from bitsmith.optim.estimators import ESTIMATORS, NEEDS_LATENT
 from bitsmith.optim.state import REFIT, Rule, WeightState, refit, take_step
 from bitsmith.quantization.integer_codes import matrix_shape, rows_at_once
 from bitsmith.quantization.integer_gradients import WeightGradient
@@ -85,6 +85,15 @@ class IntegerOptimizer(torch.optim.Optimizer):
             carry != "eco" or momentum > 0,
             "residual or none without momentum to carry it",
         )
+        latent = carry == "residual" or (momentum > 0 and not self.averages_gradients)
+        check_value(
+            f"{name}.estimator",
+            estimator,
+            latent or estimator not in NEEDS_LATENT,
+            "one that needs no latent weight, as no residual and no momentum of steps carries any",
+        )
+        check_value(f"{name}.scale_rate", scale_rate, scale_rate >= 0, "a number >= 0")
+        check_value(f"{name}.weight_decay", weight_decay, weight_decay >= 0, "a number >= 0")
         self._layers = int_layers(model)
         if not self._layers:
             raise SiteError(
@@ -122,7 +131,7 @@ class IntegerOptimizer(torch.optim.Optimizer):
         self.saturated, self.moved = 0.0, 0.0
         self.float_optimizer = self._float_optimizer(model, lr, float_optimizer)
         self._float_ratios = [
-            group["lr"] / lr if lr else 0.0 for group in getattr(self.float_optimizer, "param_groups", [])
+            group["lr"] / lr if lr else 1.0 for group in getattr(self.float_optimizer, "param_groups", [])
         ]
         self._begin_step()
 

@@ -62,9 +62,12 @@ def resume_integer(
     that it has. Ranges of activations stay as stored; a layer without one gets ``activations`` bits per
     token.
 
+    Products of two activations keep their grids and pass gradients straight through. Float parameters, such
+    as those of norms, become trainable again. An embedding's ``padding_idx`` is in no file: that row trains.
+
     Raises SiteError for a model without packed layers, and for layers that have no integer form (tables of
-    levels, weights with zero points or with widths per channel, products of activations are kept as they
-    are), listed, unless ``keep_float`` names them: then they stay as loaded, and frozen.
+    levels, weights with zero points or with widths per channel, ranges per group), all of them listed, unless
+    ``keep_float`` names them: those stay as loaded, and frozen.
     """
     check_widths(8, activations, gradients)
     layers = packed_layers(model)
@@ -103,6 +106,7 @@ def resume_integer(
         for quantizer in layer.children():
             if type(quantizer) is FrozenQuantizer:
                 quantizer.__class__ = PassingQuantizer
+    model.requires_grad_(True)  # norms and what else is float: packed models are frozen
     return report(model, tuple(notes))
 
 
