@@ -31,7 +31,7 @@ RANDOM = ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "kaiming_n
 class Opened:
     """A model that trains on integers. text: the configuration that its file will have, equal to the one it
     has unless weights with one scale for all got one for each channel. frozen: layers that stay packed;
-    in_float: parameters that train, or stay, as floats. skeleton: bytes of the float model of a factory's,
+    in_float: parameters that train as floats. skeleton: bytes of the float model of a factory's,
     which is there while the file is read, and no longer."""
 
     model: nn.Module
@@ -80,8 +80,6 @@ def open_model(directory: Path, factory: str | None = None) -> Opened:
         raise SiteError(
             "no layer of this model has an integer form to train on", where=str(directory), got=kinds
         )
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.ndim <= 1)
     base = (directory / CONFIG).read_bytes()
     return Opened(
         model,
