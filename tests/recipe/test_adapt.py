@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from bitsmith.recipe.adapt import CHECKPOINT, RECORD, AdaptSettings, adapt
 from bitsmith.recipe.adapt_memory import parse_bytes, step_bytes
 from bitsmith.recipe.adapt_model import open_model
 from bitsmith.recipe.progress import Event
-from bitsmith.tasks import load
+from bitsmith.tasks import build, load
 from tests.recipe.adapting import SETTINGS, export, wide, write_images
 
 ROOT = Path(__file__).parents[2]
@@ -221,6 +222,22 @@ def test_what_has_no_integer_form_stays_as_it_was_and_is_listed(prepared: Path, 
     assert torch.equal(bs.load(place, kernels=False).state_dict()["conv3.weight.codes"], before)
 
 
+def test_a_language_model_whose_table_is_its_head(tmp_path: Path) -> None:
+    model, x = build("byte_llama", width=32, depth=1, context=16, tied=True), torch.randint(128, (2, 16))
+    tokens = bs.Scheme(bits=8, granularity="token", range="dynamic")
+    bs.prepare(model, bs.Scheme(bits=4, granularity="channel"), tokens, target="native")
+    bs.calibrate(model, [x])
+    place = bs.save(bs.finalize(model, x), tmp_path / "model")
+    (tmp_path / "text.txt").write_text("What is said is said again. " * 200)
+    data = load(f"text:{tmp_path / 'text.txt'}", context=16)
+    record = adapt(place, data, AdaptSettings(steps=20, batch_size=16))
+    assert record["after"]["loss"] < 0.9 * record["before"]["loss"]
+    assert "lm_head" in record["layers"]["trained"]
+    loaded = bs.load(place, kernels=False)
+    found = data.evaluate(loaded, data.test_x, data.test_y)
+    assert found["loss"] == pytest.approx(record["after"]["loss"], abs=1e-3)
+
+
 def test_a_model_of_which_nothing_trains_is_refused(prepared: Path, tmp_path: Path) -> None:
     scheme = bs.Scheme(bits=4, grid="powers_of_two", granularity="channel")
     place = export(tmp_path / "model", weights=scheme, first_last_bits=None)
@@ -256,6 +273,11 @@ def test_a_model_that_changed_meanwhile_is_not_overwritten(prepared: Path, tmp_p
 
     with pytest.raises(PowerCut):
         adapt(place, data, stopped, progress=stop)
+    write_images(tmp_path / "y.npz")
+    arrays = dict(np.load(tmp_path / "y.npz"))
+    np.savez(tmp_path / "y.npz", **arrays | {"train_x": arrays["train_x"] + 0.01})
+    with pytest.raises(RecipeError, match="begun with other data"):
+        adapt(place, f"npz:{tmp_path / 'y.npz'}", stopped, resume=True)
     other = export(tmp_path / "other", weights=bs.Scheme(bits=3, granularity="channel"))
     for file in ("model.safetensors", "config.json"):
         shutil.copy(other / file, place / file)

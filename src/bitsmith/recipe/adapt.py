@@ -37,6 +37,7 @@ from bitsmith.report.words import size
 from bitsmith.tasks import Examples, load
 from bitsmith.train import Progress as TrainProgress
 from bitsmith.train import TrainConfig, train
+from bitsmith.train.checkpoint import tensor_digest
 
 RECORD, CHECKPOINT = "adapted.json", "adapting.safetensors"
 STAGE = "adapt"
@@ -146,7 +147,13 @@ def _adapt(
         tell(Event(STAGE, 0, 1, note=line.strip()))
     data = data.at_most(need.batch_size)
     before = data.evaluate(model, data.test_x, data.test_y)
-    record = _begin(place, read_record(place if resume else source), opened, settings)
+    earlier, seen = read_record(place if resume else source), tensor_digest(data.train_x)
+    if resume and earlier is not None and earlier["data_digest"] != seen:
+        raise RecipeError(
+            "the adaptation here was begun with other data", where=f"--resume {place}", got=data.name
+        )
+    record = _begin(earlier, opened, settings) | {"data_digest": seen}
+    write_json(place / RECORD, record)
 
     optimizer = _optimizer(model, settings.learning_rate)
     saturated: list[float] = []
@@ -241,7 +248,7 @@ def _held(
             check_place(source, place)
             yield None
             return
-        if record is None:
+        if record is None or "data_digest" not in record:
             raise RecipeError(
                 "there is no adaptation to resume", where=str(place), remedy="Leave --resume out"
             )
@@ -285,26 +292,23 @@ def read_record(place: Path) -> dict[str, Any] | None:
     if not (place / RECORD).exists():
         return None
     record = read_json(place / RECORD, "record of an adaptation")
-    if record.get("version") != 1 or not {"base", "ancestors", "settings"} <= record.keys():
+    if record.get("version") != 1 or not {"base", "ancestors", "settings", "result"} <= record.keys():
         raise FormatError("this record of an adaptation is not one of ours", where=str(place / RECORD))
     return record
 
 
-def _begin(
-    place: Path, earlier: dict[str, Any] | None, opened: Opened, settings: AdaptSettings
-) -> dict[str, Any]:
-    """Write down that the work begins. ancestors: digests that the model has had before, the oldest first."""
+def _begin(earlier: dict[str, Any] | None, opened: Opened, settings: AdaptSettings) -> dict[str, Any]:
+    """What is written down when the work begins. ancestors: digests that the model has had before, the oldest
+    first."""
     known: list[str] = []
     if earlier is not None and opened.digest in (earlier.get("result"), earlier["base"]):
         known = list(earlier["ancestors"])
     if opened.digest not in known:
         known.append(opened.digest)
-    record = {
+    return {
         "version": 1,
         "base": opened.digest,
         "ancestors": known,
         "settings": asdict(settings),
         "result": None,
     }
-    write_json(place / RECORD, record)
-    return record
