@@ -53,7 +53,7 @@ def parse_recipe(document: Mapping[str, Any], source: str = "recipe") -> Recipe:
             f"a plan fixes every width, so that {searching[0]} has none left",
             where=f"{source}, plan",
             got=recipe.plan,
-            remedy=f"To train this plan, add --set methods=[]; to let {searching[0]} decide, leave the plan out",
+            remedy="To train this plan, add --set methods=[]; to have widths decided, leave the plan out",
         )
     if recipe.post_training is not None and searching:
         raise RecipeError(
