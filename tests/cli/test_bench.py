@@ -11,7 +11,8 @@ from torch import Tensor
 
 from bitsmith.bench import contenders, speed
 from bitsmith.bench.memory import peak_memory, resident_peak
-from bitsmith.bench.speed import SINGLES, measure, percentile, summary
+from bitsmith.bench.rounds import percentile
+from bitsmith.bench.speed import SINGLES, measure, summary
 from bitsmith.export import save
 from bitsmith.quantization.finalize import finalize
 from bitsmith.quantization.observe import calibrate
@@ -88,7 +89,20 @@ def test_a_language_model_is_measured_in_tokens(bitsmith: Bitsmith, tmp_path: Pa
     found = json.loads(bitsmith(*asked, "--json").out)
     assert found["unit"] == "tokens"
     assert found["per_input"] > 1
-    assert "tokens/s" in bitsmith(*asked).out
+    written = found["generation"]
+    assert written["written"] == 32
+    assert written["prompt"] + written["written"] == found["per_input"]
+    for one in written["models"].values():
+        p50, p95, p99 = (one["step_ms"][p] for p in ("p50", "p95", "p99"))
+        assert 0 < p50 <= p95 <= p99
+        assert one["decode_per_s"] == pytest.approx(1e3 / p50, rel=0.5)
+        assert one["prefill_per_s"] > 0
+        assert not one["cache"]  # keys have a range over all positions
+    assert list(written["models"]) == ["native", "dequantized"]
+    shown = bitsmith(*asked, "--tokens", 3).out
+    assert "tokens/s" in shown
+    assert "3 tokens written after 125" in shown
+    assert "native (no cache)" in shown
 
 
 def test_what_is_no_model_is_one_line(bitsmith: Bitsmith, finished: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from bitsmith.kernels.operands import Activations, Codes, pack_nibbles, unpack_n
 from bitsmith.kernels.torch_path import TorchPath
 from bitsmith.numerics.affine import quantize
 from bitsmith.numerics.pack import pack as dense
+from bitsmith.numerics.pack import pack_runs
 from tests.kernels.shapes import FILLS, SHAPES, filled, integers
 
 WIDTHS = st.integers(1, 8)
@@ -124,6 +125,21 @@ def test_the_native_formats_stream_is_read(backend: Backend, count, bits, skippe
     codes = filled((skipped + count,), 0, 2**bits - 1, torch.uint8, "random", seed)
     stream = dense(codes.to(torch.int16), bits, 0)
     assert torch.equal(backend.decode(stream, bits, count, skipped * bits), codes[skipped:])
+
+
+@few
+@given(st.lists(st.tuples(st.integers(1, 8), st.integers(1, 20)), min_size=2, max_size=4))
+def test_codes_of_several_widths_follow_one_another_in_a_stream(
+    backend: Backend, runs: list[tuple[int, int]]
+) -> None:
+    codes = [torch.randint(0, 2**bits, (count,)) for bits, count in runs]
+    stream = pack_runs([(values, bits, 0) for values, (bits, _) in zip(codes, runs, strict=True)])
+    start = 0
+    for values, (bits, count) in zip(codes, runs, strict=True):
+        assert torch.equal(backend.decode(stream, bits, count, start), values.to(torch.uint8))
+        start += bits * count
+    with pytest.raises(ValueError, match="leave"):
+        backend.decode(stream, 8, stream.numel() + 1)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

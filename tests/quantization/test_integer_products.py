@@ -313,3 +313,33 @@ def test_a_zero_point_that_is_no_code_stays_with_floats() -> None:
     assert torch.equal(integer(x), present(x))
     assert isinstance(integer[0], KernelLinear)
     assert not isinstance(present[0], IntegerConv)
+
+
+@pytest.mark.parametrize(
+    "weights", [{"grid": grid} for grid in WEIGHTS] + [{"granularity": "group", "group_size": 16}]
+)
+def test_scales_that_change_leave_the_weight_packed(weights: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 48)
+    model = packed(
+        nn.Sequential(nn.Linear(48, 20)),
+        x,
+        Scheme(**({"bits": 4, "granularity": "channel"} | weights)),
+        Scheme(bits=8),
+    )
+    plain = copy.deepcopy(model)
+    assert run_on_kernels(model) == ["0"]
+    with torch.no_grad():
+        before = model(x)
+        data = model[0].operands().runs[0][0].data
+        for layer in (model[0], plain[0]):
+            layer.weight.scale.mul_(1.5)
+            layer.input.scale.mul_(0.9)
+            layer.bias.add_(1.0)
+        assert not torch.equal(model(x), before)
+        assert close(model(x), plain(x))
+        assert model[0].operands().runs[0][0].data is data
+        for layer in (model[0], plain[0]):
+            layer.weight.codes.zero_()
+        assert close(model(x), plain(x))
+        assert model[0].operands().runs[0][0].data is not data

@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitsmith.bench.contenders import NAMES, Predict, contender, data_for
 from bitsmith.bench.memory import peak_memory
+from bitsmith.bench.rounds import in_turn, percentile
+from bitsmith.bench.writing import describe_writing, measure_writing
 from bitsmith.errors import RecipeError
 from bitsmith.kernels.choose import describe
 from bitsmith.recipe.environment import environment
 from bitsmith.tasks import TextData
 
 SINGLES = 5  # inputs of batch 1 in a round
+TOKENS = 32  # written by a language model in a round
 WARM = 3  # calls before anything is measured
 
 
@@ -35,15 +38,17 @@ def bench_run(
     data: str | None = None,
     factory: str | None = None,
     memory: bool = True,
+    tokens: int = TOKENS,
     tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """The figures of a run directory or a native model, as plain values for JSON.
 
     ``data``: instead of the run's test split; ``factory``: what builds the model where it is code.
-    ``memory``: also measure that, in a process for each form. ``tell`` hears what is being done. Raises
+    ``memory``: also measure that, in a process for each form. ``tokens``: what a language model writes, after
+    what is left of a test sequence for a prompt. ``tell`` hears what is being done. Raises
     FormatError, RecipeError, DataError.
     """
-    for option, value in (("--batch-size", batch_size), ("--rounds", rounds)):
+    for option, value in (("--batch-size", batch_size), ("--rounds", rounds), ("--tokens", tokens)):
         if value < 1:
             raise RecipeError("nothing would be measured", where=option, got=value, expected="1 or more")
     examples = data_for(path, data)
@@ -56,6 +61,7 @@ def bench_run(
     timed = measure(known, batch, batch_size, rounds)
     each = batch[0].numel() if of_text else 1
     models = {name: summary(timed[name], timed.get("float32"), batch_size * each) for name in known}
+    written = _written(known, batch, tokens, rounds, tell) if of_text else None
     if memory:
         for name, found in models.items():
             tell(f"memory of {name}")
@@ -70,9 +76,20 @@ def bench_run(
         "rounds": rounds,
         "calls": rounds * SINGLES,
         "models": models,
+        **({} if written is None else {"generation": written}),
         "not_measured": {name: why for name, why in opened.items() if isinstance(why, str)},
         "environment": environment() | describe(),
     }
+
+
+def _written(
+    known: Mapping[str, Predict], batch: Tensor, tokens: int, rounds: int, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    models = {name: model for name, model in known.items() if isinstance(model, nn.Module)}
+    steps = min(tokens, batch.shape[1] // 2)
+    prompt = batch[:1, : batch.shape[1] - steps]
+    tell(f"writing {steps} tokens after {prompt.shape[1]}")
+    return describe_writing(models, measure_writing(models, prompt, steps, rounds), prompt, steps)
 
 
 @torch.inference_mode()
@@ -89,8 +106,7 @@ def measure(
             predict(many)
     names = list(models)
     for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+        for name in in_turn(names, turn):
             one, of_batch = found[name]
             one.extend(_seconds(models[name], x) for x in singles)
             of_batch.append(_seconds(models[name], many))
@@ -117,8 +133,3 @@ def summary(
             ratios = [theirs / mine for mine, theirs in zip(own, other, strict=True)]
             found[f"{key}_speedup"] = statistics.median(ratios)
     return found
-
-
-def percentile(values: list[float], q: int) -> float:
-    """The smallest value that is not below ``q`` percent of all (nearest rank)."""
-    return sorted(values)[max(0, -(-q * len(values) // 100) - 1)]

@@ -17,7 +17,18 @@ from typing import Annotated
 
 import typer
 
-from bitsmith.cli import adapt, bench, compare, evaluate, export, inspect, run, sensitivity, sweep
+from bitsmith.cli import (
+    adapt,
+    bench,
+    bench_latency,
+    compare,
+    evaluate,
+    export,
+    inspect,
+    run,
+    sensitivity,
+    sweep,
+)
 from bitsmith.errors import BitsmithError
 
 app = typer.Typer(
@@ -55,12 +66,8 @@ for _name, _command in {
 
 benches = typer.Typer(no_args_is_help=True, help="Measure models on this machine.")
 _add("run", bench, benches)
+_add("latency", bench_latency, benches)
 app.add_typer(benches, name="bench")
-
-
-@benches.callback()
-def _about_benches() -> None:
-    """Without it a group of one command would be that command."""
 
 
 def _version(wanted: bool) -> None:

@@ -54,7 +54,8 @@ from bitsmith.quantization.integer_layers import (
 )
 from bitsmith.quantization.integer_products import run_on_kernels
 from bitsmith.quantization.layers import MatMul
-from bitsmith.tasks.models import MODELS, NOT_STRUCTURE, build
+from bitsmith.tasks.hollow import build_hollow
+from bitsmith.tasks.models import MODELS, NOT_STRUCTURE
 
 VERSION = 1
 TENSORS, CONFIG = "model.safetensors", "config.json"
@@ -199,7 +200,7 @@ def _built_in(config: dict[str, Any], where: Path) -> nn.Module:
     if not isinstance(arguments, dict) or set(arguments) & set(NOT_STRUCTURE):
         raise FormatError("the arguments of the built-in model are damaged", where=str(where / CONFIG))
     try:
-        return build(name, **arguments)
+        return build_hollow(name, **arguments)
     except (BitsmithError, TypeError, ValueError, RuntimeError) as error:
         raise FormatError(
             f"the built-in model {name} cannot be built ({_short(error)})", where=str(where / CONFIG)

@@ -28,7 +28,7 @@ from bitsmith.kernels.operands import (
 from bitsmith.kernels.processor import InstructionSet
 from bitsmith.numerics.calibrate import SMALLEST_STEP
 
-_SUMS, _FLOATS, _CODES, _NIBBLES = range(4)
+_SUMS, FLOATS, _CODES, _NIBBLES = range(4)
 
 
 class _Image(ctypes.Structure):
@@ -39,7 +39,7 @@ def _fields(*groups: tuple[str, type]) -> list[tuple[str, type]]:
     return [(name, kind) for names, kind in groups for name in names.split()]
 
 
-class _Product(ctypes.Structure):
+class Product(ctypes.Structure):
     """`product` of c/kernels.h."""
 
     _fields_ = _fields(
@@ -85,6 +85,10 @@ class Native:
                 self._c[name] = function
         except AttributeError as error:
             raise OSError(f"{path} lacks a function ({error})") from None
+
+    def function(self, name: str) -> Any:
+        """A function of the library, which checks nothing."""
+        return self._c[name]
 
     def pack(
         self,
@@ -158,7 +162,7 @@ class Native:
     def values(self, x: Activations, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """The values (m, n), float32."""
         made = torch.empty(x.shape[0], weight.shape[0])
-        return self._product(x, weight, made, bias, _FLOATS)
+        return self._product(x, weight, made, bias, FLOATS)
 
     def codes(self, x: Activations, weight: Weight, to: Codes, bias: Tensor | None = None) -> Tensor:
         """The values as codes: (m, n), or (m, (n + 1) // 2) bytes."""
@@ -177,8 +181,7 @@ class Native:
         accumulate: bool = False,
         geometry: Geometry | None = None,
     ) -> Tensor:
-        n, k = w.shape
-        m = out.shape[0]
+        k, m = w.shape[1], out.shape[0]
         found = x.shape if geometry is None else (m, geometry.inputs)
         if found != (m, k):
             raise ValueError(f"activations {found} do not meet a weight {w.shape}")
@@ -190,35 +193,23 @@ class Native:
             raise ValueError(f"{k} inputs could overflow a sum of 32 bits; at most {MOST_INPUTS}")
         if not k:
             return _without_inputs(x, w, out, bias, to, accumulate)
-        p = _Product(m=m, n=n, k=k, group=w.group_size, w=_pointer(w.data), bits=w.bits, factor=w.factor)
+        p, kept = parameters(w, bias if kind != _SUMS else None)
+        p.m = m
         p.a = _pointer(x.codes, torch.int8, torch.uint8)
         p.a_row, p.a_column = (0, 0) if geometry else x.codes.stride()
         p.a_kind = 2 if x.packed else int(x.codes.dtype == torch.uint8)
-        p.a_low, p.low = x.packed[1] if x.packed else 0, w.low
-        kept: list[Tensor] = []  # memory that the call reads
-
-        def pointer(values: Tensor | None, dtype: torch.dtype, count: int) -> int | None:
-            if values is None:
-                return None
-            if values.numel() != count:
-                raise ValueError(f"{values.numel()} parameters where the product takes {count}")
-            kept.append(values.to(dtype).contiguous())
-            return kept[-1].data_ptr()
-
-        each = -(-n // 16) * w.groups * 16
-        p.offset, p.scale = pointer(w.offset, torch.int32, each), pointer(w.scale, torch.float32, each)
-        p.bias = pointer(bias, torch.float32, n)
+        p.a_low = x.packed[1] if x.packed else 0
         if kind != _SUMS:
             if w.scale is None:
                 raise ValueError("this weight has no scale")
             rows = None if x.row_scale is None else x.row_scale.reshape(-1).expand(m)
-            p.row_scale = pointer(rows, torch.float32, m)
+            p.row_scale = _parameter(rows, torch.float32, m, kept)
         if isinstance(x.zero_point, int):
             p.zero = x.zero_point
         else:
-            p.row_zero = pointer(x.zero_point, torch.int32, m)
-        if p.row_zero or p.zero or p.a_kind == 1:
-            p.column_sum = pointer(w.column_sum, torch.int32, each)
+            p.row_zero = _parameter(x.zero_point, torch.int32, m, kept)
+        if not (p.row_zero or p.zero or p.a_kind == 1):
+            p.column_sum = None
         if geometry is not None:
             image = _Image(*geometry.numbers())
             p.picture = ctypes.addressof(image)
@@ -237,7 +228,7 @@ class Native:
         """A convolution of codes (batch, height, width, channels), contiguous but for a slice of channels,
         with one zero point; weight (n, taps y * taps x * channels). (batch * rows * columns, n): float32
         values where the weight has a scale, else int32."""
-        kind, dtype = (_SUMS, torch.int32) if weight.scale is None else (_FLOATS, torch.float32)
+        kind, dtype = (_SUMS, torch.int32) if weight.scale is None else (FLOATS, torch.float32)
         out = torch.empty(geometry.row_count(x.codes), weight.shape[0], dtype=dtype)
         return self._product(x, weight, out, bias, kind, geometry=geometry)
 
@@ -343,6 +334,27 @@ class Native:
             torch.get_num_threads(),
         )
         return int(counts[0]), int(counts[1])
+
+
+def parameters(w: Weight, bias: Tensor | None) -> tuple[Product, list[Tensor]]:
+    """A product with all that a weight gives to it, and the memory that it reads."""
+    (n, k), kept = w.shape, [w.data]
+    p = Product(n=n, k=k, group=w.group_size, w=_pointer(w.data), bits=w.bits, factor=w.factor, low=w.low)
+    each = -(-n // 16) * w.groups * 16
+    p.offset = _parameter(w.offset, torch.int32, each, kept)
+    p.scale = _parameter(w.scale, torch.float32, each, kept)
+    p.column_sum = _parameter(w.column_sum, torch.int32, each, kept)
+    p.bias = _parameter(bias, torch.float32, n, kept)
+    return p, kept
+
+
+def _parameter(values: Tensor | None, dtype: torch.dtype, count: int, kept: list[Tensor]) -> int | None:
+    if values is None:
+        return None
+    if values.numel() != count:
+        raise ValueError(f"{values.numel()} parameters where the product takes {count}")
+    kept.append(values.to(dtype).contiguous())
+    return kept[-1].data_ptr()
 
 
 def _pointer(tensor: Tensor, *dtypes: torch.dtype) -> int:

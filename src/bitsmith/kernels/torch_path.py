@@ -26,7 +26,7 @@ from bitsmith.kernels.torch_products import ByteProduct, by_float_blocks
 from bitsmith.numerics.affine import quantize
 from bitsmith.numerics.blocks import to_groups
 from bitsmith.numerics.calibrate import SMALLEST_STEP, range_of
-from bitsmith.numerics.pack import pack_bytes
+from bitsmith.numerics.pack import pack_bytes, unpack_at
 from bitsmith.numerics.pack import unpack as unpack_stream
 from bitsmith.numerics.rounding import hash_uniform
 
@@ -69,10 +69,12 @@ class TorchPath:
 
     def decode(self, stream: Tensor, bits: int, count: int, start: int = 0) -> Tensor:
         """As `Native.decode`."""
+        if not 0 <= start + bits * count <= 8 * stream.numel():
+            raise ValueError(f"{count} codes of {bits} bits from bit {start} leave {stream.numel()} bytes")
         first, skipped = divmod(start, 8 * bits)
         skipped, rest = divmod(skipped, bits)
-        if rest or first * bits + (bits * (skipped + count) + 7) // 8 > stream.numel():
-            raise ValueError(f"{count} codes of {bits} bits from bit {start} leave {stream.numel()} bytes")
+        if rest:  # behind codes of another width
+            return unpack_at(stream, start + bits * torch.arange(count), bits, 0).to(torch.uint8)
         here = stream[first * bits :][: (bits * (skipped + count) + 7) // 8]
         return unpack_stream(here, bits, skipped + count, 0)[skipped:].to(torch.uint8)
 

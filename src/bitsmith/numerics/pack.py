@@ -51,6 +51,8 @@ def unpack(packed: Tensor, bits: int, count: int, low: int) -> Tensor:
         raise ValueError(
             f"{count} codes of {bits} bits take {packed_size(count, bits)} bytes, got {packed.numel()}"
         )
+    if bits == 8:
+        return packed.to(torch.int16) + low
     stream = torch.nn.functional.pad(packed, (0, -packed.numel() % bits)).reshape(-1, bits)
     words = torch.zeros(len(stream), dtype=torch.int64, device=packed.device)
     for byte in range(bits):

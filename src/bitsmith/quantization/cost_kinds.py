@@ -66,9 +66,14 @@ def constant(cost: CostModel, kind: str, table: CostTable | None = None) -> floa
         return cost.float_macs * FLOAT * FLOAT
     if kind == "weight_bytes":
         return cost.other_bytes
-    if kind in (*AVERAGES, "activation_bytes") or not cost.float_macs:
+    if kind in (*AVERAGES, "activation_bytes"):
         return 0
-    return _table(kind, table).cost("products outside every site", "*", cost.float_macs, (), FLOAT, FLOAT)
+    table = _table(kind, table)
+    if table.constant is not None:
+        return table.constant
+    if not cost.float_macs:
+        return 0
+    return table.cost("products outside every site", "*", cost.float_macs, (), FLOAT, FLOAT)
 
 
 def layer_cost(

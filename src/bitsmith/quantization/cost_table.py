@@ -22,8 +22,8 @@ from bitsmith.quantization.scheme import FLOAT
 
 VERSION = 1
 BUILT_IN = Path(__file__).with_name("tables")
-KINDS = ("*", "Linear", "Conv1d", "Conv2d", "MatMul")
-TABLE_KEYS = ("version", "name", "unit", "source", "shared", "entries")
+KINDS = ("*", "Linear", "Conv1d", "Conv2d", "ConvTranspose2d", "MatMul")
+TABLE_KEYS = ("version", "name", "unit", "source", "shared", "entries", "constant", "measured")
 
 Shared = tuple[str | tuple[str, ...], ...]  # what must share a width: see `shared_from`
 
@@ -55,7 +55,8 @@ class CostEntry:
 class CostTable:
     """Costs of layers by pairs of widths, in ``unit``; ``source`` says who measured them, and where.
 
-    shared: sites that the device wants at one width, as in a target file.
+    shared: sites that the device wants at one width, as in a target file. constant: what an inference costs
+    beside its layers, where that was measured; products outside of every layer are then part of it.
     """
 
     name: str
@@ -63,6 +64,7 @@ class CostTable:
     entries: tuple[CostEntry, ...]
     source: str = ""
     shared: Shared = ()
+    constant: float | None = None
 
     @cached_property
     def _by_pair(self) -> dict[tuple[int, int], list[CostEntry]]:
@@ -153,7 +155,10 @@ class CostTable:
                     remedy="Keep one of them",
                 )
         shared = shared_from(value.get("shared", []), f"{where}: shared")
-        return cls(value["name"], value["unit"], entries, str(value.get("source", "")), shared)
+        constant = value.get("constant")
+        if constant is not None:
+            _check_cost(constant, f"{where}: constant")
+        return cls(value["name"], value["unit"], entries, str(value.get("source", "")), shared, constant)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CostTable:
@@ -190,11 +195,7 @@ def _entry(line: Any, where: str) -> CostEntry:
     if "per_mac" not in line and "per_layer" not in line:
         raise FormatError("this entry names no cost", where=where, expected="per_mac, per_layer or both")
     for key in ("per_mac", "per_layer"):
-        number = line.get(key, 0.0)
-        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < math.inf:
-            raise FormatError(
-                "this is no cost", where=f"{where}.{key}", got=repr(number), expected="a number of at least 0"
-            )
+        _check_cost(line.get(key, 0.0), f"{where}.{key}")
     shape, macs = line.get("shape"), line.get("macs")
     if shape is not None and not (isinstance(shape, list) and all(isinstance(n, int) for n in shape)):
         raise FormatError(
@@ -208,6 +209,11 @@ def _entry(line: Any, where: str) -> CostEntry:
             "this is no number of MACs", where=f"{where}.macs", got=repr(macs), expected="an integer above 0"
         )
     return CostEntry(**{**line, "shape": None if shape is None else tuple(shape)})
+
+
+def _check_cost(number: Any, where: str) -> None:
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < math.inf:
+        raise FormatError("this is no cost", where=where, got=repr(number), expected="a number of at least 0")
 
 
 def _is_width(value: Any) -> bool:

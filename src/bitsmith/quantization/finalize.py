@@ -41,6 +41,7 @@ from bitsmith.quantization.layers import (
     weight_of,
 )
 from bitsmith.quantization.quantizer import Quantizer, check_calibrated
+from bitsmith.quantization.smoothing import transformations
 from bitsmith.quantization.trace import trace
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -50,7 +51,7 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 def finalize(model: nn.Module, example: Any) -> nn.Module:
     """A packed copy of a prepared model, in eval mode; ``example`` is one batch of its inputs.
 
-    Raises SiteError where nothing is quantized, or a site was never calibrated.
+    Raises SiteError where nothing is quantized, a site was never calibrated, or smoothing is not folded yet.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLayer)}
     if not layers:
@@ -58,6 +59,12 @@ def finalize(model: nn.Module, example: Any) -> nn.Module:
             "this model has no quantized layer", where="finalize", remedy="Call bs.prepare(model, ...) first"
         )
     check_calibrated(model)
+    if learned := transformations(model):
+        raise SiteError(
+            "smoothing is not part of a packed layer",
+            where=next(iter(learned)),
+            remedy="Call fold(model) of bitsmith.quantization.smoothing first",
+        )
     norms = {name: model.get_submodule(norm) for name, norm in trace(model, example).folds.items()}
     # deepcopy takes what it finds in its memo for the copy: that is the whole swap.
     memo: dict[int, Any] = {id(norm): Folded(name) for name, norm in norms.items()}

@@ -23,7 +23,7 @@ from bitsmith.numerics.affine import dequantize, quantize
 from bitsmith.numerics.blocks import Granularity, from_groups, shared_axes, to_groups
 from bitsmith.numerics.calibrate import range_of
 from bitsmith.numerics.grid import Grid, bounds
-from bitsmith.numerics.pack import pack_runs, unpack_at, unpack_runs
+from bitsmith.numerics.pack import pack_runs, unpack, unpack_at, unpack_runs
 from bitsmith.quantization.bits import Width, in_words
 
 
@@ -139,6 +139,10 @@ class PackedWeight(nn.Module):
     def _looked_up(self, packed: Tensor, length: int, index: Tensor) -> Tensor:
         """Of what holds ``length`` codes a channel those of the channels ``index`` (N,): (N, length)."""
         rows = self.shape[0]
+        if isinstance(self.form.bits, int) and self.form.bits * length % 8 == 0:  # whole bytes for each
+            width, (lowest, *_), _ = self.form.runs[0]
+            found = packed.view(rows, -1).index_select(0, index)
+            return unpack(found.view(-1), width, len(index) * length, lowest).view(-1, length)
         bits, low, start = torch.empty(3, rows, dtype=torch.int64)
         for width, (lowest, *_), at in self.form.runs:
             bits[at], low[at] = width, lowest

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from bitsmith.kernels.choose import Backend, best
 from bitsmith.kernels.convolution import convolve
 from bitsmith.kernels.native import Native
-from bitsmith.kernels.operands import MOST_INPUTS, Activations, Weight
+from bitsmith.kernels.operands import MOST_INPUTS, Activations, Weight, by_panel
+from bitsmith.kernels.prepared import PreparedProduct
 from bitsmith.numerics.calibrate import range_of
 from bitsmith.numerics.grid import GRIDS
 from bitsmith.quantization.integer_layers import (
@@ -49,6 +50,7 @@ class Operands:
     runs: tuple[tuple[Weight, Tensor | None], ...]
     order: Tensor | None
     made_of: tuple[tuple[Tensor, int], ...]  # buffers, and how often they had been written to
+    prepared: PreparedProduct | None = None  # of a Linear layer whose channels have one width
 
     def outputs(self, product: Callable[[Weight, Tensor | None], Tensor], axis: int) -> Tensor:
         """``product`` of all runs, channels along ``axis``."""
@@ -68,24 +70,24 @@ class _WithOperands(nn.Module):
         """None where the numbers are not those of a product of integers."""
         buffers, made = self._numbers(), self._operands
         if made is None or not _same(made.made_of, buffers):
-            made = _pack(self, best(), buffers) if _in_range(self, buffers) else None
+            if not _in_range(self, buffers):
+                made = None
+            elif made is not None and _same(_codes_of(self, made), self._stored_codes()):
+                made = _rescaled(self, made, buffers)
+            else:
+                made = _pack(self, best(), buffers)
             self._operands = made
         return made
 
+    def _stored_codes(self) -> list[Tensor]:
+        """What the packed form of the weight is made of; scales and biases lie beside it."""
+        assert isinstance(self.weight, PackedWeight)
+        return [t for t in (self.weight.codes, self.weight.zero_point) if t is not None]
+
     def _numbers(self) -> list[Tensor]:
         """`buffers()`, without a walk through modules."""
-        weight, quantizer = self.weight, self.input
-        assert isinstance(weight, PackedWeight)
-        assert quantizer is not None
-        every = (
-            weight.codes,
-            weight.scale,
-            weight.zero_point,
-            quantizer.scale,
-            quantizer.zero_point,
-            self.bias,
-        )
-        return [tensor for tensor in every if tensor is not None]
+        owners = (self._modules["weight"], self._modules["input"], self)
+        return [b for owner in owners for b in owner._buffers.values() if b is not None]  # type: ignore[union-attr]
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles leave the packed form out: another process may have another backend.
@@ -100,6 +102,9 @@ class KernelLinear(_WithOperands, IntegerLinear):
         operands = self.operands() if _takes(self, x) and x.shape[-1] == self.in_features else None
         if operands is None:
             return IntegerLinear.forward(self, x)
+        if operands.prepared is not None:
+            y = operands.prepared(x.reshape(-1, self.in_features).contiguous())
+            return y.view(*x.shape[:-1], self.out_features)
         backend = operands.backend
         codes = activation_codes(self.input, x.reshape(-1, self.in_features), backend)
         y = operands.outputs(lambda weight, bias: backend.values(codes, weight, bias), 1)
@@ -163,6 +168,14 @@ def run_on_kernels(model: nn.Module) -> list[str]:
     return found
 
 
+def forget_operands(model: nn.Module) -> None:
+    """Let go of what the layers of ``model`` packed for kernels: the next forward packs their weights
+    anew."""
+    for layer in model.modules():
+        if isinstance(layer, _WithOperands):
+            layer._operands = None
+
+
 def _grids_allow(layer: IntegerLinear | IntegerConv) -> bool:
     weight, quantizer = layer.weight, layer.input
     if not isinstance(weight, PackedWeight) or quantizer is None:
@@ -193,11 +206,11 @@ def _plain(layer: IntegerConv) -> bool:
 
 def _takes(layer: _WithOperands, x: Tensor) -> bool:
     """Whether this forward is one for the kernels, whatever the numbers are."""
-    quantizer = layer.input
+    quantizer = layer._modules["input"]  # as nn.Module's own attribute, which is looked for in three places
     if torch.compiler.is_compiling() or _traced() or quantizer is None or layer.training:
         return False
     plain = type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
-    plain = plain and isinstance(layer.weight, PackedWeight)
+    plain = plain and isinstance(layer._modules["weight"], PackedWeight)
     if not plain or torch.is_autocast_enabled("cpu") or (x.requires_grad and torch.is_grad_enabled()):
         return False
     if quantizer._forward_hooks or quantizer._forward_pre_hooks:  # somebody wants to see its values
@@ -229,20 +242,22 @@ def _pack(layer: _WithOperands, backend: Backend, buffers: list[Tensor]) -> Oper
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, PackedWeight)
     form, rows = weight.form, weight.shape[0]
-    codes = weight.integers()
-    if codes.ndim == 4:
-        codes = codes.permute(0, 2, 3, 1)  # as rows of the unfolded image lie
-    codes = codes.flatten(1)
+    length, start = math.prod(weight.shape[1:]), 0
 
-    def by_channel(values: Tensor) -> Tensor:
-        return (values.reshape(1, 1) if values.numel() == 1 else values.reshape(rows, -1)).expand(rows, -1)
-
-    scale, zero_points = by_channel(weight.scale), weight.zero_points()
-    zeros = None if zero_points is None else by_channel(zero_points).to(torch.int32)
+    scale, zero_points = _by_channel(weight.scale, rows), weight.zero_points()
+    zeros = None if zero_points is None else _by_channel(zero_points, rows).to(torch.int32)
     runs = []
     for bits, (low, _, half), at in form.runs:
+        count = length * (rows if isinstance(at, slice) else len(at))
+        if type(weight) is PackedWeight:
+            codes = backend.decode(weight.codes, bits, count, start).view(-1, *weight.shape[1:])
+        else:  # one that unpacks in a way of its own
+            codes = (weight.integers()[at] - low).to(torch.uint8)
+        start += bits * count
+        if codes.ndim == 4:
+            codes = codes.permute(0, 2, 3, 1)  # as rows of the unfolded image lie
         packed = backend.pack(
-            (codes[at] - low).to(torch.uint8).contiguous(),
+            codes.flatten(1),
             bits,
             group_size=form.group_size,
             offset=low if zeros is None else low - zeros[at],
@@ -252,7 +267,57 @@ def _pack(layer: _WithOperands, backend: Backend, buffers: list[Tensor]) -> Oper
         runs.append((packed, None if bias is None else bias[at]))
     order = None if len(runs) == 1 else torch.cat([at for *_, at in form.runs]).argsort()
     made_of = tuple((tensor, _writes(tensor)) for tensor in buffers)
-    return Operands(backend, tuple(runs), order, made_of)
+    prepared = _prepared(layer, backend, *runs[0]) if order is None else None
+    return Operands(backend, tuple(runs), order, made_of, prepared)
+
+
+def _prepared(
+    layer: _WithOperands, backend: Backend, weight: Weight, bias: Tensor | None
+) -> PreparedProduct | None:
+    """None where a layer is no Linear, or its scale is one that is found in all rows at once."""
+    quantizer = layer.input
+    assert quantizer is not None
+    form, scale, zero_point = quantizer.form, quantizer.scale, quantizer.zero_point
+    dynamic = form.dynamic and form.granularity == "token"
+    if not (isinstance(layer, IntegerLinear) and isinstance(backend, Native)) or (
+        scale is None and not dynamic
+    ):
+        return None
+    _, (low, high, _), _ = form.runs[0]
+    return PreparedProduct(
+        backend,
+        weight,
+        bias,
+        low=low,
+        high=high,
+        scale=None if dynamic else scale,
+        zero_point=0 if zero_point is None or dynamic else int(zero_point.item()),
+        asymmetric=form.grid == "asymmetric",
+    )
+
+
+def _rescaled(layer: _WithOperands, made: Operands, buffers: list[Tensor]) -> Operands:
+    """``made`` with the scales and biases of now: where only they train, no weight is packed anew."""
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, PackedWeight)
+    scale, runs = _by_channel(weight.scale, weight.shape[0]), []
+    for (packed, _), (*_, at) in zip(made.runs, weight.form.runs, strict=True):
+        by = by_panel(scale[at].float() / packed.factor)  # of half steps levels count double
+        runs.append((replace(packed, scale=by), None if bias is None else bias[at]))
+    made_of = tuple((tensor, _writes(tensor)) for tensor in buffers)
+    prepared = None if made.prepared is None else _prepared(layer, made.backend, *runs[0])
+    return replace(made, runs=tuple(runs), made_of=made_of, prepared=prepared)
+
+
+def _codes_of(layer: _WithOperands, made: Operands) -> tuple[tuple[Tensor, int], ...]:
+    """Of what ``made`` was made of, the entries of `_stored_codes`."""
+    stored = layer._stored_codes()
+    return tuple(entry for entry in made.made_of if any(entry[0] is tensor for tensor in stored))
+
+
+def _by_channel(values: Tensor, rows: int) -> Tensor:
+    """A parameter of a weight as (rows, groups)."""
+    return (values.reshape(1, 1) if values.numel() == 1 else values.reshape(rows, -1)).expand(rows, -1)
 
 
 def activation_codes(quantizer: FrozenQuantizer | None, x: Tensor, backend: Backend) -> Activations:
@@ -270,9 +335,14 @@ def activation_codes(quantizer: FrozenQuantizer | None, x: Tensor, backend: Back
 
 
 def _same(made_of: tuple[tuple[Tensor, int], ...], buffers: list[Tensor]) -> bool:
-    return len(made_of) == len(buffers) and all(
-        then is now and writes == _writes(now) for (then, writes), now in zip(made_of, buffers, strict=True)
-    )
+    if len(made_of) != len(buffers):
+        return False
+    for (then, writes), now in zip(
+        made_of, buffers, strict=True
+    ):  # in every forward: all() takes twice as long
+        if then is not now or writes != _writes(now):
+            return False
+    return True
 
 
 def _writes(tensor: Tensor) -> int:

@@ -251,6 +251,16 @@ class Rows(nn.Module):
         self._set_bounds(row, grid, width, 0.0 if self.finds_zero_point else zero_point, at)
         self.base_scale[row, at] = scale
 
+    @torch.no_grad()
+    def set_range(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Scales (C,) and zero points (C,) of a fixed width, found elsewhere. What was learned is given
+        up."""
+        width = self.levels().bits
+        assert isinstance(width, int)
+        self._set_bounds(0, self.grid_at(width), width, zero_point)
+        self.base_scale[0] = scale
+        self.range.zero_()
+
     # ---- widths
 
     @torch.no_grad()

@@ -1,8 +1,7 @@
-"""Greedy generation, as exact-match scoring needs it: no cache, no sampling.
+"""Greedy generation, as exact-match scoring needs it: no sampling (`language.sample` does that).
 
-Every step runs the whole row again: quadratic, but the same forward as in training, also of a quantized
-model. A causal model without a mask argument cannot be padded on the left, so that prompts of one length
-share a batch.
+A causal model without a mask argument cannot be padded on the left, so that prompts of one length share a
+batch. What was read is kept in a cache where that changes nothing (`reading`).
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from bitsmith.errors import DataError, TrainingDiverged
 from bitsmith.quantization.layers import in_eval_mode
 from bitsmith.tasks.classification import device_of
 from bitsmith.tasks.likelihood import Tick
+from bitsmith.tasks.reading import reader
 from bitsmith.tasks.tokens import Tokenizer
 
 
@@ -30,12 +30,13 @@ def generate(
     max_tokens: int,
     batch_size: int = 16,
     progress: Tick | None = None,
+    cache: bool = True,
 ) -> list[str]:
     """What the model writes after each prompt: the likeliest token each time, ``max_tokens`` at most.
 
     stops: for each prompt, the strings that end its text; the first to appear is cut off. Of a prompt that
-    leaves no room for max_tokens in the context, the end is kept. Raises DataError, and TrainingDiverged
-    where the model answers NaN.
+    leaves no room for max_tokens in the context, the end is kept. cache: False to read all again for each
+    token. Raises DataError, and TrainingDiverged where the model answers NaN.
     """
     if not 0 < max_tokens <= context:
         raise DataError(
@@ -53,9 +54,10 @@ def generate(
     with in_eval_mode(model):
         for batch in _equal_lengths(rows, batch_size):
             tokens = torch.tensor([rows[i] for i in batch], device=device_of(model))
+            read = reader(model, len(batch), tokens.shape[1] + max_tokens - 1, cache=cache)
             written: dict[int, list[int]] = {i: [] for i in batch}
             for _ in range(max_tokens):
-                logits = model(tokens)[:, -1]
+                logits = read(tokens)
                 if bool(logits.isnan().any()):
                     raise TrainingDiverged("the model's output is not a number", where="generate")
                 following = logits.argmax(-1)
@@ -68,8 +70,10 @@ def generate(
                         going.append(line)
                 if not going:
                     break
-                tokens = torch.cat([tokens, following.unsqueeze(1)], 1)[going]
-                batch = [batch[line] for line in going]
+                tokens = following[going].unsqueeze(1)
+                if len(going) < len(batch):
+                    read.keep(going)
+                    batch = [batch[line] for line in going]
             if progress is not None:
                 progress(len(texts), len(rows))
     return [texts[i] for i in range(len(rows))]

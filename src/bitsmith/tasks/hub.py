@@ -36,16 +36,26 @@ class CausalLM(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Raises DataError where T is more than the positions: a table of positions would be read past its
         end."""
-        if self.context is not None and tokens.shape[1] > self.context:
+        self._check(tokens.shape[1])
+        logits: Tensor = self.lm(input_ids=tokens, use_cache=False).logits
+        return logits
+
+    def read(self, tokens: Tensor, past: Any = None) -> tuple[Tensor, Any]:
+        """(logits of the next token (N, vocab_size), transformers' cache) after ``tokens`` that follow those
+        in the cache ``past``, which is written to. Raises DataError as forward."""
+        self._check(tokens.shape[1] + (0 if past is None else past.get_seq_length()))
+        found = self.lm(input_ids=tokens, past_key_values=past, use_cache=True, logits_to_keep=1)
+        return found.logits[:, -1], found.past_key_values
+
+    def _check(self, length: int) -> None:
+        if self.context is not None and length > self.context:
             raise DataError(
                 "the sequence is longer than the model's positions",
                 where=type(self.lm).__name__,
-                got=tokens.shape[1],
+                got=length,
                 expected=f"at most {self.context} tokens",
                 remedy="Give the data a shorter context",
             )
-        logits: Tensor = self.lm(input_ids=tokens, use_cache=False).logits
-        return logits
 
 
 def load_causal_lm(path: str) -> CausalLM:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from bitsmith.errors import DataError
 from bitsmith.quantization.layers import in_eval_mode
 from bitsmith.tasks.classification import device_of
+from bitsmith.tasks.reading import reader
 from bitsmith.tasks.tokens import ByteTokenizer, Tokenizer, byte_count
 from bitsmith.train.distillation import IGNORED
 
@@ -78,17 +79,19 @@ def sample(
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
     context: int | None = None,
+    *,
+    cache: bool = True,
 ) -> str:
     """``prompt`` and ``count`` more tokens of the model's; at temperature 0 always the likeliest one.
 
-    context: the most tokens that the model sees; its own ``context`` where it has one. Raises DataError for a
-    prompt without a token.
+    context: the most tokens that the model sees, the last ones of the text; its own ``context`` where it has
+    one. cache: False to read all again for each token. Raises DataError for a prompt without a token.
     """
     tokens = tokenizer.encode(prompt)
     if not tokens:
         raise DataError("a prompt needs at least one token", where="sample", got=repr(prompt))
     window = context or getattr(model, "context", None) or len(tokens) + count
-    drawn = list(_continued(model, tokens, count, temperature, generator, window))
+    drawn = list(_continued(model, tokens, count, temperature, generator, window, cache))
     return tokenizer.decode([*tokens, *drawn])
 
 
@@ -100,14 +103,21 @@ def _continued(
     temperature: float,
     generator: torch.Generator | None,
     window: int,
+    cache: bool,
 ) -> Iterator[int]:
     seen, place = list(tokens), device_of(model)
+    new = seen
+    read = reader(model, 1, min(window, len(seen) + count), cache=cache)
     with in_eval_mode(model):
         for _ in range(count):
-            logits = model(torch.tensor([seen[-window:]], device=place))[0, -1].float().cpu()
+            if len(seen) <= window:
+                logits = read(torch.tensor([new], device=place))[0].float().cpu()
+            else:  # the text moves through the window: every token has another position now
+                logits = model(torch.tensor([seen[-window:]], device=place))[0, -1].float().cpu()
             if temperature == 0:
                 token = int(logits.argmax())
             else:
                 token = int(torch.multinomial((logits / temperature).softmax(0), 1, generator=generator))
-            seen.append(token)
+            new = [token]
+            seen += new
             yield token

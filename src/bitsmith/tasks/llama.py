@@ -3,11 +3,14 @@
 Pre-norm blocks with RMSNorm, rotary positions (2104.09864) and SwiGLU (2002.05202), no bias anywhere.
 Module names are those of transformers' `LlamaModel` and the rotary halves lie as there, so that weights go
 from one to the other by name (its `model.` prefix taken off). Unlike there, both products of attention are
-`MatMul` modules with sites of their own, and there is no cache of keys and values: a sampled token costs a
-whole forward, which is little at this size.
+`MatMul` modules with sites of their own; keys and values of what was read are held outside of the model, in a
+`Memory` of fixed size that is written to in place.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +21,19 @@ from bitsmith.quantization.layers import MatMul
 
 THETA = 10000.0  # of the slowest rotation
 EPSILON = 1e-5  # of RMSNorm
+
+
+@dataclass
+class Memory:
+    """Keys, turned to their positions, and values of ``length`` tokens that were read: for each block
+    (N, heads, room, width / heads), of which the first ``length`` positions count."""
+
+    blocks: list[tuple[Tensor, Tensor]]
+    length: int = 0
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows of the batch alone."""
+        self.blocks = [(keys[list(rows)], values[list(rows)]) for keys, values in self.blocks]
 
 
 class Attention(nn.Module):
@@ -34,12 +50,28 @@ class Attention(nn.Module):
         self.context = MatMul()
         self.o_proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, later: Tensor) -> Tensor:
-        """cos, sin: (T, width / heads); later: (T, T), true where a key comes after its query."""
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        later: Tensor | None,
+        past: tuple[Tensor, Tensor, int] | None = None,
+    ) -> Tensor:
+        """cos, sin: (T, width / heads); later: (T, S + T), true where a key comes after its query; past: a
+        block of a `Memory` and S, the tokens in it, to which those of x are added."""
         query, key, value = (self._split(layer(x)) for layer in (self.q_proj, self.k_proj, self.v_proj))
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if past is not None:
+            *stores, start = past
+            end = start + x.shape[1]
+            for store, new in zip(stores, (key, value), strict=True):
+                store[:, :, start:end] = new
+            key, value = (store[:, :, :end] for store in stores)
         scores = self.scores(query, key.transpose(-2, -1)) * self.scale
-        weights = scores.masked_fill(later, float("-inf")).softmax(-1)
+        if later is not None:
+            scores.masked_fill_(later, float("-inf"))
+        weights = scores.softmax(-1)
         return self.o_proj(self.context(weights, value).transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
@@ -83,8 +115,15 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(width, eps=EPSILON)
         self.mlp = MLP(width, hidden)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, later: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, later)
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        later: Tensor | None,
+        past: tuple[Tensor, Tensor, int] | None = None,
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, later, past)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -99,7 +138,7 @@ class Llama(nn.Module):
         self, vocab_size: int, width: int, depth: int, heads: int, hidden: int, context: int, tied: bool
     ) -> None:
         super().__init__()
-        self.vocab_size, self.context = vocab_size, context
+        self.vocab_size, self.context, self.heads = vocab_size, context, heads
         self.embed_tokens = nn.Embedding(vocab_size, width)
         self.layers = nn.ModuleList(Block(width, heads, hidden) for _ in range(depth))
         self.norm = nn.RMSNorm(width, eps=EPSILON)
@@ -118,20 +157,33 @@ class Llama(nn.Module):
                 std = parameter.shape[1] ** -0.5 / ((2 * depth) ** 0.5 if writes else 1.0)
                 nn.init.normal_(parameter, std=std)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Raises DataError where T is more than the positions."""
-        length = tokens.shape[1]
-        if length > self.context:
+    def memory(self, rows: int, room: int | None = None) -> Memory:
+        """An empty one, for ``rows`` rows of up to ``room`` tokens, by default as many as the model has
+        positions for."""
+        like, positions = self.norm.weight, min(room or self.context, self.context)
+        shape = (rows, self.heads, positions, like.numel() // self.heads)
+        return Memory([(like.new_empty(shape), like.new_empty(shape)) for _ in self.layers])
+
+    def forward(self, tokens: Tensor, memory: Memory | None = None) -> Tensor:
+        """With a memory tokens come after those in it, to which they are added; only the logits after the
+        last of them are given: (N, 1, vocab_size). Raises DataError where all are more than the positions."""
+        start = 0 if memory is None else memory.length
+        end = start + tokens.shape[1]
+        room = self.context if memory is None else memory.blocks[0][0].shape[2]
+        if end > room:
             raise DataError(
                 "the sequence is longer than the model's positions",
                 where="byte_llama",
-                got=length,
-                expected=f"at most {self.context} tokens",
+                got=end,
+                expected=f"at most {room} tokens",
                 remedy="Give the data a shorter context, or the model a longer one",
             )
         x = self.embed_tokens(tokens)
-        cos, sin, later = self.cos[:length], self.sin[:length], self.later[:length, :length]
-        for block in self.layers:
-            x = block(x, cos, sin, later)
+        cos, sin = self.cos[start:end], self.sin[start:end]
+        later = self.later[start:end, :end] if memory is None or end - start > 1 else None
+        for i, block in enumerate(self.layers):
+            x = block(x, cos, sin, later, None if memory is None else (*memory.blocks[i], start))
+        if memory is not None:
+            memory.length, x = end, x[:, -1:]
         logits: Tensor = self.lm_head(self.norm(x))
         return logits
