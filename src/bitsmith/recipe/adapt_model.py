@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from bitsmith.errors import DataError, FormatError, SiteError
 from bitsmith.export import load as load_model
@@ -23,8 +22,6 @@ from bitsmith.quantization.integer_layers import packed_layers
 from bitsmith.quantization.integer_packed import resume_integer
 from bitsmith.quantization.integer_training import int_layers
 from bitsmith.tasks import Examples, build
-
-RANDOM = ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_")
 
 
 @dataclass(frozen=True)
@@ -66,8 +63,7 @@ def open_model(directory: Path, factory: str | None = None) -> Opened:
         into = build(factory)
         skeleton = sum(p.numel() * p.element_size() for p in into.parameters())
     before = digest_of(directory)
-    with _Unfilled(into is None):
-        model = load_model(directory, into, kernels=False)
+    model = load_model(directory, into, kernels=False)
     del into
     if not packed_layers(model):
         raise FormatError("this model has no packed layer", where=str(directory))
@@ -164,17 +160,3 @@ def check_data(model: nn.Module, data: Examples, where: str) -> tuple[int, int]:
                 expected=f"the model's {there}",
             )
     return int(outputs[0].numel()), products[0]
-
-
-class _Unfilled(TorchFunctionMode):
-    """Inside, nothing is drawn for the weights of a model that is built to be loaded into: memory that is
-    never written to is never taken from the system."""
-
-    def __init__(self, active: bool) -> None:
-        super().__init__()
-        self.active = active
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.active and getattr(func, "__name__", "") in RANDOM:
-            return args[0] if args else (kwargs or {})["tensor"]
-        return func(*args, **(kwargs or {}))
