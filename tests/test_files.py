@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor
 
 from bitsmith.errors import FormatError, RunError
@@ -148,6 +149,16 @@ def test_shared_and_training_tensors_are_stored_plainly(tmp_path: Path) -> None:
     assert torch.equal(back["b"], weight)
     assert torch.equal(back["part"], weight[1])
     assert not any(value.requires_grad for value in back.values())
+
+
+def test_the_library_reads_what_we_write_and_equal_tensors_are_equal_bytes(tmp_path: Path) -> None:
+    given = {"odd": torch.arange(3, dtype=torch.uint8), **tensors(), "none": torch.zeros(0, 4)}
+    save_tensors(tmp_path / "x", given, {"z": "1", "a": "2"})
+    save_tensors(tmp_path / "y", dict(reversed(given.items())), {"a": "2", "z": "1"})
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
+    found = load_file(tmp_path / "x")
+    assert found.keys() == given.keys()
+    assert all(torch.equal(found[name], given[name]) for name in given)
 
 
 def test_the_digest_does_not_depend_on_the_order() -> None:

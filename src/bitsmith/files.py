@@ -3,7 +3,8 @@
 A file is written under a temporary name in the same folder, fsynced and renamed: a reader sees the old file
 or the new one, never half of one. Only JSON and safetensors are read. A safetensors file of ours carries the
 sha256 of its tensors (names, shapes, dtypes, bytes) in its metadata; it is checked on load, so that a
-flipped bit is an error and not a slightly different model.
+flipped bit is an error and not a slightly different model. Unlike the library's own writer, which holds the
+whole file in memory and shuffles the metadata, ours writes tensor by tensor: equal tensors give equal bytes.
 """
 
 from __future__ import annotations
@@ -11,32 +12,40 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_save
 from torch import Tensor
 
 from bitsmith.errors import FormatError, RunError
 
 DIGEST = "sha256"
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
 
 
-def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write ``data`` to ``path`` in one step; a full disk is a RunError and leaves the old file alone."""
+def write_atomic(path: str | os.PathLike[str], data: bytes | Iterable[Any]) -> None:
+    """Write ``data``, or buffers one after the other, to ``path`` in one step; a full disk is a RunError and
+    leaves the old file alone."""
     path = Path(path)
     temporary = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            parts: Iterable[Any] = (data,) if isinstance(data, bytes) else data
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp's 0600 would surprise whoever shares a run directory
@@ -94,20 +103,39 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     """sha256 over names, dtypes, shapes and bytes of the tensors, in the order of their names."""
     total = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+        tensor = tensors[name]
         total.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        total.update(_buffer(tensor))
     return total.hexdigest()
+
+
+def _buffer(tensor: Tensor) -> Any:
+    """The bytes of a tensor in the order of its elements, without a copy where they lie so."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def save_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write a safetensors file with a digest in its metadata. Each tensor is stored whole, shared or not."""
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_atomic(
-        path, safetensors_save(plain, metadata={**(metadata or {}), "format": "pt", DIGEST: digest(plain)})
-    )
+    facts = {**(metadata or {}), "format": "pt", DIGEST: digest(tensors)}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(facts.items()))}
+    names, end = (
+        sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)),
+        0,
+    )  # each one aligned
+    for name in names:
+        tensor, start = tensors[name], end
+        end += tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    buffers = (_buffer(tensors[name]) for name in names)
+    write_atomic(path, itertools.chain([len(text).to_bytes(8, "little"), text], buffers))
 
 
 def load_tensors(

@@ -134,3 +134,9 @@ def test_requantized_weights_go_with_a_curriculum() -> None:
     literal = {"weight_anchor": {"pull": "anchor", "requantize": True, "strength": 0.5}}
     _, bits = trained([literal, entry("progressive_bits")])
     assert set(bits.values()) == {3, 4}
+
+
+@pytest.mark.parametrize("name", UNDECIDED)
+def test_a_plan_leaves_no_width_to_decide(name: str) -> None:
+    with pytest.raises(RecipeError, match=rf"a plan fixes every width, so that {name} has none left"):
+        parse_recipe({"methods": [entry(name)], "plan": "plan.json"}, "my.yaml")

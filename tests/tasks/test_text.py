@@ -185,3 +185,22 @@ def test_models_write_after_the_same_prompts_with_the_same_draws(tmp_path: Path)
         assert sample["float"] == sample["quantized"]
         assert sample["float"].startswith(sample["prompt"])
         assert len(sample["float"]) > len(sample["prompt"])
+
+
+def test_fewer_rows_at_once_change_no_figure() -> None:
+    whole = data(SIMPLE * 3)
+    seen: list[int] = []
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        return torch.nn.functional.one_hot(x, 256).float()
+
+    class Echo(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return model(x)
+
+    few = whole.at_most(2)
+    figures = few.evaluate(Echo(), few.test_x, few.test_y)
+    assert max(seen) == 2
+    assert whole.batch_rows > 2
+    assert figures == pytest.approx(whole.evaluate(Echo(), whole.test_x, whole.test_y))

@@ -17,7 +17,18 @@ from typing import Annotated
 
 import typer
 
-from bitsmith.cli import bench, bench_latency, compare, evaluate, export, inspect, run, sensitivity, sweep
+from bitsmith.cli import (
+    adapt,
+    bench,
+    bench_latency,
+    compare,
+    evaluate,
+    export,
+    inspect,
+    run,
+    sensitivity,
+    sweep,
+)
 from bitsmith.errors import BitsmithError
 
 app = typer.Typer(
@@ -48,6 +59,7 @@ for _name, _command in {
     "inspect": inspect,
     "evaluate": evaluate,
     "export": export,
+    "adapt": adapt,
     "compare": compare,
 }.items():
     _add(_name, _command)

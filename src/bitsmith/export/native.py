@@ -23,6 +23,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +83,17 @@ def save(packed: nn.Module, directory: str | os.PathLike[str]) -> Path:
         "layers": {name: _describe(name, layer, layers) for name, layer in layers.items()},
         "folded": {name: m.into for name, m in packed.named_modules() if isinstance(m, Folded)},
     }
-    text = (json.dumps(config, indent=1) + "\n").encode()
-    save_tensors(
-        Path(directory) / TENSORS,
-        stored_tensors(packed),
-        {"bitsmith": str(VERSION), CONFIG_DIGEST: hashlib.sha256(text).hexdigest()},
-    )
-    write_atomic(Path(directory) / CONFIG, text)
+    write_stored(directory, (json.dumps(config, indent=1) + "\n").encode(), stored_tensors(packed))
     return Path(directory)
+
+
+def write_stored(directory: str | os.PathLike[str], text: bytes, tensors: Mapping[str, Tensor]) -> None:
+    """The two files of a model, ``text`` that of its configuration; where that is there already, only the
+    tensors are written, in one step."""
+    where, sealed = Path(directory), hashlib.sha256(text).hexdigest()
+    save_tensors(where / TENSORS, tensors, {"bitsmith": str(VERSION), CONFIG_DIGEST: sealed})
+    if not (where / CONFIG).exists() or (where / CONFIG).read_bytes() != text:
+        write_atomic(where / CONFIG, text)
 
 
 def stored_tensors(packed: nn.Module) -> dict[str, Tensor]:
@@ -113,6 +117,23 @@ def load(
     (quantization.integer_products); without, floats, bit for bit as `finalize` left them. Raises FormatError.
     """
     where = Path(directory)
+    config, tensors = read_stored(where)
+    skeleton = _built_in(config, where) if into is None else into
+    try:
+        loaded = _assemble(skeleton, config, tensors, str(where))
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise FormatError(f"this model cannot be put together ({_short(error)})", where=str(where)) from None
+    if kernels:
+        run_on_kernels(loaded)
+    if into is None or type(loaded) is not type(into):
+        return loaded
+    vars(into).update(vars(loaded))  # all at once: a load that fails leaves the user's model as it was
+    return into
+
+
+def read_stored(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(configuration, tensors) of a folder's two files, which must belong together. Raises FormatError."""
+    where = Path(directory)
     config = read_json(where / CONFIG, "model configuration")
     if config.get("format") != "bitsmith":
         raise FormatError("this is not a model of Bitsmith's", where=str(where / CONFIG))
@@ -131,17 +152,7 @@ def load(
             where=str(where),
             remedy="Restore both from one copy, or save the model again",
         )
-    skeleton = _built_in(config, where) if into is None else into
-    try:
-        loaded = _assemble(skeleton, config, tensors, str(where))
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise FormatError(f"this model cannot be put together ({_short(error)})", where=str(where)) from None
-    if kernels:
-        run_on_kernels(loaded)
-    if into is None or type(loaded) is not type(into):
-        return loaded
-    vars(into).update(vars(loaded))  # all at once: a load that fails leaves the user's model as it was
-    return into
+    return config, tensors
 
 
 # ---- writing

@@ -47,14 +47,14 @@ def parse_recipe(document: Mapping[str, Any], source: str = "recipe") -> Recipe:
     except BitsmithError as error:
         raise relocated(error, f"{source}, {error.where}") from None
     check_methods(recipe.methods, source)
-    if recipe.plan is not None and any("budget_search" in entry for entry in recipe.methods):
+    searching = deciders({name: options for entry in recipe.methods for name, options in entry.items()})
+    if recipe.plan is not None and searching:
         raise RecipeError(
-            "a plan fixes every width, so that budget_search has none left",
+            f"a plan fixes every width, so that {searching[0]} has none left",
             where=f"{source}, plan",
             got=recipe.plan,
-            remedy="To train this plan, add --set methods=[]; to search, leave the plan out",
+            remedy="To train this plan, add --set methods=[]; to have widths decided, leave the plan out",
         )
-    searching = deciders({name: options for entry in recipe.methods for name, options in entry.items()})
     if recipe.post_training is not None and searching:
         raise RecipeError(
             f"weights cannot be rounded while {searching[0]} has not decided their widths",

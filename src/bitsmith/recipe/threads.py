@@ -20,8 +20,15 @@ SMALL_STEP = 2e8  # multiply-accumulates in the forward of a batch: some 10 ms o
 @contextlib.contextmanager
 def enough_threads(model: nn.Module, example: Tensor, batch_size: int) -> Iterator[None]:
     """One thread inside, if ``batch_size`` rows are a small step for ``model``; else as many as before."""
+    with threads_for(multiply_accumulates(model, example) * batch_size):
+        yield
+
+
+@contextlib.contextmanager
+def threads_for(step: float) -> Iterator[None]:
+    """The same where the multiply-accumulates of a forward are known."""
     before = torch.get_num_threads()
-    if multiply_accumulates(model, example) * batch_size < SMALL_STEP:
+    if step < SMALL_STEP:
         torch.set_num_threads(1)
     try:
         yield

@@ -9,6 +9,7 @@ processes and hidden random states.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -43,7 +44,7 @@ class Examples(ABC):
     unit: ClassVar[str]  # what a row is, in the plural
     figures: ClassVar[tuple[str, ...]]  # the metrics that stand for a model, the most important first
     default_shifts: ClassVar[tuple[str, ...]] = ()  # the names (or suites) of those that a run measures
-    batch_rows: int = 256  # rows of one forward outside of training
+    most_rows: int = 256  # of one forward outside of training
 
     # ---- rows
 
@@ -52,6 +53,17 @@ class Examples(ABC):
         if name not in SPLITS:
             raise DataError(f"no split {name!r}", where=self.name, remedy=suggestion(name, list(SPLITS)))
         return getattr(self, f"{name}_x"), getattr(self, f"{name}_y")
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of one forward outside of training."""
+        return self.most_rows
+
+    def at_most(self, rows: int) -> Self:
+        """The same data, of which no forward outside of training takes more than ``rows`` at once."""
+        found = copy.copy(self)
+        object.__setattr__(found, "most_rows", rows)  # the kinds of data are frozen
+        return found
 
     def validation(self) -> tuple[Tensor, Tensor]:
         """The validation split; the training split where there is none."""

@@ -90,9 +90,9 @@ class MaskData(Examples):
         return tuple(self.train_x.shape[1:])
 
     @property
-    def batch_rows(self) -> int:  # type: ignore[override]
+    def batch_rows(self) -> int:
         """As many images as their logits allow."""
-        return min(256, max(1, LOGITS // (len(self.classes) * self.train_y[0].numel())))
+        return min(self.most_rows, max(1, LOGITS // (len(self.classes) * self.train_y[0].numel())))
 
     def inputs(self, x: Tensor) -> Tensor:
         """(N, C, H, W) float32."""

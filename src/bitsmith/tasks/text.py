@@ -106,9 +106,9 @@ class TextData(Examples):
         return self.train_x.shape[1]
 
     @property
-    def batch_rows(self) -> int:  # type: ignore[override]
+    def batch_rows(self) -> int:
         """As many windows as their logits allow."""
-        return min(256, max(1, LOGITS // (self.context * self.tokenizer.vocab_size)))
+        return min(self.most_rows, max(1, LOGITS // (self.context * self.tokenizer.vocab_size)))
 
     def inputs(self, x: Tensor) -> Tensor:
         """Tokens are taken as they are."""

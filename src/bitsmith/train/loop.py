@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bitsmith.errors import Interrupted, RecipeError, SiteError
 from bitsmith.methods.method import Method
+from bitsmith.optim import IntegerOptimizer
 from bitsmith.train.batches import Augment, AugmentBoth, Batches
 from bitsmith.train.checkpoint import check_keys, load_checkpoint, save_checkpoint, tensor_digest
 from bitsmith.train.config import TrainConfig, resolve_device
@@ -78,19 +79,28 @@ def train(
     resume: bool = False,
     events: Path | None = None,
     stop: Callable[[], bool] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    steps: int | None = None,
 ) -> TrainResult:
     """Train ``model`` in place; it is left in eval mode, and with averaged weights where ema > 0.
 
     train_x (N, ...) float, or uint8 which becomes 0..1; train_y (N, ...). ``augment(x, generator)`` changes
     a batch of float inputs, ``augment_both(x, y, generator)`` inputs and targets; ``validate()`` gives an
     accuracy after each epoch, or figures by name, which the history holds as ``validation_NAME``;
-    ``loss(logits, targets)`` replaces cross entropy. ``checkpoint`` is one file, written at the end of an
-    epoch once ``checkpoint_seconds`` have passed since the last time, at the end, and on SIGINT, SIGTERM or
-    when ``stop()`` is true after a step: those raise Interrupted.
-    ``resume`` continues from it if it exists.
+    ``loss(logits, targets)`` replaces cross entropy. ``checkpoint`` is one file, written once
+    ``checkpoint_seconds`` have passed since the last time, at the end, and on SIGINT, SIGTERM or when
+    ``stop()`` is true after a step: those raise Interrupted. ``resume`` continues from it if it exists.
+    ``optimizer`` takes the place of the config's, such as one that moves integer codes; its learning rates
+    are the peaks of the schedule. ``steps`` takes the place of the config's epochs.
     Raises RecipeError, FormatError, TrainingDiverged, Interrupted.
     """
     _check_methods(model, methods)
+    if isinstance(optimizer, IntegerOptimizer):
+        optimizer.check_loop(
+            accumulation=config.accumulation,
+            clip=config.gradient_clip or None,
+            second_pass=any(type(m).after_backward is not Method.after_backward for m in methods),
+        )
     if config.distillation > 0 and teacher is None:
         raise RecipeError(
             "there is no teacher to learn from", where="train.distillation", got=config.distillation
@@ -126,6 +136,8 @@ def train(
             task_loss=loss or partial(cross_entropy, label_smoothing=config.label_smoothing),
             device=device,
             precision=precision,
+            optimizer=optimizer,
+            steps=steps,
         )
         if saved and checkpoint:
             _restore(run, saved, checkpoint)
@@ -162,11 +174,12 @@ def _loop(
             record = run.finish_epoch(validate() if validate is not None else None)
             run.model.train()  # validation left it in eval mode
             writer.epoch(record, run.losses.tolist())
-            if run.step == run.steps or run.seconds - last_save >= checkpoint_seconds:
-                save()
-                last_save = run.seconds
         else:
             run.train_step()
+        done = run.step == run.steps and not run.epoch_is_over
+        if done or run.seconds - last_save >= checkpoint_seconds:
+            save()
+            last_save = run.seconds
         if progress is not None:
             progress(_progress(run, record))
         if signals.received or (stop is not None and stop()):

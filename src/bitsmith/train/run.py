@@ -44,25 +44,19 @@ class Run:
         task_loss: Loss,
         device: torch.device,
         precision: str,
+        optimizer: torch.optim.Optimizer | None = None,
+        steps: int | None = None,
     ) -> None:
         self.model, self.batches, self.config = model, batches, config
         self.methods = sorted(methods, key=lambda method: method.turn)
         self.task_loss, self.device, self.precision = task_loss, device, precision
-        groups = parameter_groups(
-            model,
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-            range_factor=config.range_learning_rate_factor,
-        )
-        if not groups:
-            raise RecipeError("the model has no parameter that trains", where="train")
-        self.parameters = [parameter for group in groups for parameter in group["params"]]
-        self.peak_rates = [group["lr"] for group in groups]
-        self.optimizer = OPTIMIZERS[config.optimizer](groups)
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = _optimizer(model, config) if optimizer is None else optimizer
+        self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         for method in self.methods:
             method.optimizer_made(self.optimizer)
         self.average = Average(model, config.ema) if config.ema > 0 else None
-        self.steps = config.epochs * batches.steps_per_epoch
+        self.steps = config.epochs * batches.steps_per_epoch if steps is None else steps
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self.traces = Traces()
@@ -273,6 +267,18 @@ class Run:
         if "traces" in state:  # not in the checkpoints of before they were kept
             self.traces.load_state_dict(state["traces"])
         self.learning_rate, self.seconds_before = state["learning_rate"], state["seconds"]
+
+
+def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    groups = parameter_groups(
+        model,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        range_factor=config.range_learning_rate_factor,
+    )
+    if not groups:
+        raise RecipeError("the model has no parameter that trains", where="train")
+    return OPTIMIZERS[config.optimizer](groups)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
