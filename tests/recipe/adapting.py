@@ -23,7 +23,7 @@ from bitsmith.recipe.progress import Event
 from bitsmith.tasks import build
 
 CLASSES = 3
-SETTINGS = AdaptSettings(epochs=4, batch_size=16)
+SETTINGS = AdaptSettings(epochs=4, batch_size=16, even_if_worse=True)
 
 
 def wide() -> nn.Module:
@@ -73,10 +73,10 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     small, large = f"npz:{folder / 'small.npz'}", f"npz:{folder / 'large.npz'}"
     shutil.copytree(folder / "model", folder / "warm")
-    limited = AdaptSettings(steps=1, batch_size=2, memory_limit=10**9)
+    limited = AdaptSettings(steps=1, batch_size=2, memory_limit=10**9, even_if_worse=True)
     adapt(folder / "warm", small, limited)  # now every library is there
     before = resident_peak()
-    settings = AdaptSettings(steps=2, batch_size=64, memory_limit=20_000_000)
+    settings = AdaptSettings(steps=2, batch_size=64, memory_limit=20_000_000, even_if_worse=True)
     record = adapt(folder / "model", large, settings, out=folder / "large", delta=folder / "delta")
     write_json(folder / "memory.json", {"growth": resident_peak() - before, **record["memory"]})
     shutil.copytree(folder / "model", folder / "killed")

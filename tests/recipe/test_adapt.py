@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bitsmith as bs
-from bitsmith.errors import FormatError, RecipeError, SiteError
+from bitsmith.errors import FormatError, RecipeError, RunError, SiteError
 from bitsmith.files import read_json
 from bitsmith.recipe import adapt as adapting
 from bitsmith.recipe.adapt import CHECKPOINT, RECORD, AdaptSettings, adapt
@@ -94,7 +94,7 @@ def test_a_killed_process_leaves_the_old_file_and_resumes_to_the_same_result(
     with pytest.raises(RecipeError, match="unfinished adaptation"):
         adapt(killed, data, SETTINGS)
     with pytest.raises(RecipeError, match="another batch size"):
-        adapt(killed, data, AdaptSettings(epochs=4, batch_size=8), resume=True)
+        adapt(killed, data, AdaptSettings(epochs=4, batch_size=8, even_if_worse=True), resume=True)
     adapt(killed, data, SETTINGS, resume=True)
     assert written(killed) == written(finished[0])
     assert not (killed / CHECKPOINT).exists()
@@ -199,7 +199,7 @@ def test_no_float_weight_exists_and_no_connection_is_opened(
         if event.stage == "adapt":
             alive.update(tuple(t.shape) for t in tensors if t.is_floating_point())
 
-    settings = AdaptSettings(steps=20, batch_size=16, learning_rate=2e-3)
+    settings = AdaptSettings(steps=20, batch_size=16, learning_rate=2e-3, even_if_worse=True)
     factory = "tests.recipe.adapting:wide"
     try:
         record = adapt(model, data, settings, factory=factory, progress=walk)
@@ -215,11 +215,28 @@ def test_what_has_no_integer_form_stays_as_it_was_and_is_listed(prepared: Path, 
     levels = {"conv3.weight": {"grid": "powers_of_two", "bits": 4}}
     place, told = export(tmp_path / "model", overrides=levels), []
     before = bs.load(place, kernels=False).state_dict()["conv3.weight.codes"]
-    settings = AdaptSettings(steps=3, batch_size=16)
+    settings = AdaptSettings(steps=3, batch_size=16, even_if_worse=True)
     record = adapt(place, f"npz:{prepared / 'small.npz'}", settings, progress=told.append)
     assert record["layers"]["frozen"] == ["conv3"]
     assert any("conv3" in event.note for event in told)
     assert torch.equal(bs.load(place, kernels=False).state_dict()["conv3.weight.codes"], before)
+
+
+def test_what_is_worse_on_the_validation_split_is_not_written(
+    prepared: Path, finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    shutil.copytree(finished[0], tmp_path / "model")
+    data, reckless = f"npz:{prepared / 'small.npz'}", AdaptSettings(steps=6, batch_size=16, learning_rate=5.0)
+    with pytest.raises(
+        RunError, match=r"got worse on the validation split, and is left as it was\. Lower --lr"
+    ):
+        adapt(tmp_path / "model", data, reckless)
+    assert written(tmp_path / "model") == written(finished[0])
+    assert read_json(tmp_path / "model" / RECORD) == finished[1]
+    assert not (tmp_path / "model" / CHECKPOINT).exists()
+    with pytest.raises(RunError):
+        adapt(tmp_path / "model", data, reckless, out=tmp_path / "new")
+    assert not (tmp_path / "new" / RECORD).exists()
 
 
 def test_a_language_model_whose_table_is_its_head(tmp_path: Path) -> None:
@@ -230,7 +247,7 @@ def test_a_language_model_whose_table_is_its_head(tmp_path: Path) -> None:
     place = bs.save(bs.finalize(model, x), tmp_path / "model")
     (tmp_path / "text.txt").write_text("What is said is said again. " * 200)
     data = load(f"text:{tmp_path / 'text.txt'}", context=16)
-    record = adapt(place, data, AdaptSettings(steps=20, batch_size=16))
+    record = adapt(place, data, AdaptSettings(steps=20, batch_size=16, even_if_worse=True))
     assert record["after"]["loss"] < 0.9 * record["before"]["loss"]
     assert "lm_head" in record["layers"]["trained"]
     loaded = bs.load(place, kernels=False)
@@ -250,7 +267,10 @@ def test_one_scale_for_all_channels_becomes_one_for_each_in_another_folder(
 ) -> None:
     model = wide()
     place = export(tmp_path / "model", model, bs.Scheme(bits=4, granularity="tensor"))
-    data, settings = f"npz:{prepared / 'small.npz'}", AdaptSettings(steps=2, batch_size=16)
+    data, settings = (
+        f"npz:{prepared / 'small.npz'}",
+        AdaptSettings(steps=2, batch_size=16, even_if_worse=True),
+    )
     factory = "tests.recipe.adapting:wide"
     with pytest.raises(RecipeError, match="one scale for all channels"):
         adapt(place, data, settings, factory=factory)
@@ -265,7 +285,7 @@ def test_a_model_that_changed_meanwhile_is_not_overwritten(prepared: Path, tmp_p
     place = tmp_path / "model"
     shutil.copytree(prepared / "model", place)
     data = f"npz:{prepared / 'small.npz'}"
-    stopped = AdaptSettings(steps=4, batch_size=16)
+    stopped = AdaptSettings(steps=4, batch_size=16, even_if_worse=True)
 
     def stop(event: Event) -> None:
         if event.stage == "adapt" and event.values:

@@ -52,6 +52,9 @@ def command(
         str | None,
         _given("200MB", "Memory beside that of libraries: batches get smaller to keep it, or it is refused."),
     ] = None,
+    even_if_worse: Annotated[
+        bool, typer.Option("--even-if-worse", help="Write what is worse on the validation split, too.")
+    ] = False,
     out: Annotated[
         Path | None, directory("Where the new model goes. Default: in place of the old one.")
     ] = None,
@@ -79,12 +82,13 @@ def command(
     """
     from bitsmith.errors import RecipeError
 
-    training = {
+    training: dict[str, Any] = {
         "epochs": epochs,
         "steps": steps,
         "learning_rate": lr,
         "batch_size": batch_size,
         "memory_limit": memory_limit,
+        "even_if_worse": even_if_worse or None,
     }
     if apply is not None or merge or copies:
         others = {**training, "data": data, "delta": delta, "resume": resume or None, "model": model}

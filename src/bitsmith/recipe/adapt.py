@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitsmith.errors import FormatError, RecipeError, TrainingDiverged, check_value
+from bitsmith.errors import FormatError, RecipeError, RunError, TrainingDiverged, check_value
 from bitsmith.export.delta import model_digest, share_changed, write_delta
 from bitsmith.export.native import CONFIG, TENSORS, read_stored, write_stored
 from bitsmith.files import read_json, write_json
@@ -45,7 +45,8 @@ STAGE = "adapt"
 
 @dataclass(frozen=True)
 class AdaptSettings:
-    """How to train. steps: instead of epochs. memory_limit: bytes, beside those of libraries."""
+    """How to train. steps: instead of epochs. memory_limit: bytes, beside those of libraries. even_if_worse:
+    write what is worse on the validation split, too."""
 
     epochs: int = 5
     steps: int | None = None
@@ -53,6 +54,7 @@ class AdaptSettings:
     batch_size: int = 32
     seed: int = 0
     memory_limit: int | None = None
+    even_if_worse: bool = False
 
     def __post_init__(self) -> None:
         steps, limit = self.steps, self.memory_limit
@@ -97,7 +99,8 @@ def adapt(
 
     delta: a file for the changed codes alone. factory: ``module:factory`` of a model that is not built in.
     Raises FormatError for what is no model of ours, DataError, RecipeError (a limit that is too low, a
-    folder that is taken, other settings than those to be resumed), SiteError, Interrupted.
+    folder that is taken, other settings than those to be resumed), SiteError, Interrupted, RunError (worse
+    than before on the validation split: nothing is written).
     """
     source, settings = Path(exported), settings or AdaptSettings()
     place, tell = source if out is None else Path(out), progress or silent
@@ -146,7 +149,7 @@ def _adapt(
     for line in (*opened.notes, *_stated(opened, need, settings)):
         tell(Event(STAGE, 0, 1, note=line.strip()))
     data = data.at_most(need.batch_size)
-    before = data.evaluate(model, data.test_x, data.test_y)
+    before, rank = data.evaluate(model, data.test_x, data.test_y), _rank(data, model)
     earlier, seen = read_record(place if resume else source), tensor_digest(data.train_x)
     if resume and earlier is not None and earlier["data_digest"] != seen:
         raise RecipeError(
@@ -184,6 +187,13 @@ def _adapt(
         remedy = "The model is as it was. Lower --lr, and start anew without its checkpoint"
         raise TrainingDiverged(error.what, where=error.where, remedy=remedy) from None
     optimizer.detach()
+    if _rank(data, model) < rank and not settings.even_if_worse:
+        _withdraw(place, earlier)
+        raise RunError(
+            "the model got worse on the validation split, and is left as it was",
+            where="adapt",
+            remedy="Lower --lr, give more examples, or give --even-if-worse",
+        )
     after = data.evaluate(model, data.test_x, data.test_y)
 
     tensors = opened.tensors()
@@ -214,6 +224,12 @@ def _adapt(
 
 def _optimizer(model: nn.Module, learning_rate: float) -> IntegerAdam:
     return IntegerAdam(model, learning_rate)
+
+
+def _rank(data: Examples, model: nn.Module) -> tuple[float, ...]:
+    """How a model stands on the validation split; the greater the better."""
+    found = data.evaluate(model, *data.validation())
+    return data.rank({f"validation_{name}": found[name] for name in ("accuracy", "loss", data.figures[0])})
 
 
 def _stated(opened: Opened, need: Need, settings: AdaptSettings) -> Iterator[str]:
@@ -295,6 +311,15 @@ def read_record(place: Path) -> dict[str, Any] | None:
     if record.get("version") != 1 or not {"base", "ancestors", "settings", "result"} <= record.keys():
         raise FormatError("this record of an adaptation is not one of ours", where=str(place / RECORD))
     return record
+
+
+def _withdraw(place: Path, earlier: dict[str, Any] | None) -> None:
+    """Leave a folder as it was before the work began."""
+    if earlier is not None and (place / TENSORS).exists():
+        write_json(place / RECORD, earlier)
+    else:
+        (place / RECORD).unlink(missing_ok=True)
+    (place / CHECKPOINT).unlink(missing_ok=True)
 
 
 def _begin(earlier: dict[str, Any] | None, opened: Opened, settings: AdaptSettings) -> dict[str, Any]:
