@@ -44,8 +44,8 @@ class IntegerOptimizer(torch.optim.Optimizer):
     ``clipped``. scales: ``learned`` (by the part of each step that lies along the weight, times
     ``scale_rate``), ``refit`` every ``refit_every`` steps, or ``fixed``. scale_gradients False
     is the literal W_int - lr g_int, g_int the gradient of a code: s^2 times smaller than the step that a
-    float weight would take (2206.15472). block: values that share a scale of momentum. weight_decay: decoupled,
-    of the values.
+    float weight would take (2206.15472). block: values that share a scale of momentum. weight_decay:
+    decoupled, of the values.
 
     Raises SiteError for a model without integer layers, or with another integer optimizer.
     """
