@@ -43,12 +43,17 @@ def train(model: nn.Module, optimizer: IntegerOptimizer, first: int, last: int) 
     return losses
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+CHOICES = [*((kind, {}) for kind in OPTIMIZERS), (IntegerAdam, {"carry": "eco"})]
+
+
+@pytest.mark.parametrize(("kind", "options"), CHOICES)
 @pytest.mark.parametrize("scales", ["learned", "refit"])
-def test_resuming_is_exact_to_the_bit(kind: type[IntegerOptimizer], scales: str) -> None:
+def test_resuming_is_exact_to_the_bit(
+    kind: type[IntegerOptimizer], options: dict[str, Any], scales: str
+) -> None:
     def made() -> tuple[nn.Module, IntegerOptimizer]:
         model = prepared(4, 4, 4)
-        return model, kind(model, lr=0.01, scales=scales, refit_every=3)
+        return model, kind(model, lr=0.01, scales=scales, refit_every=3, **options)
 
     model, optimizer = made()
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
@@ -71,8 +76,8 @@ def test_the_state_of_another_optimizer_is_refused() -> None:
     state = IntegerSGD(prepared(), lr=0.1).state_dict()
     with pytest.raises(FormatError, match="kind: this is the state of another optimizer"):
         IntegerAdam(prepared(), lr=0.1).load_state_dict(state)
-    with pytest.raises(FormatError, match="residual"):
-        IntegerSGD(prepared(), lr=0.1, carry="residual").load_state_dict(state)
+    with pytest.raises(FormatError, match="momentum"):
+        IntegerSGD(prepared(), lr=0.1, carry="eco").load_state_dict(state)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +86,7 @@ def test_the_state_of_another_optimizer_is_refused() -> None:
         (IntegerSGD, {}),
         (IntegerAdam, {}),
         (IntegerSign, {"carry": "none"}),
-        (IntegerSGD, {"momentum": 0.0, "carry": "residual"}),
+        (IntegerSGD, {"carry": "eco"}),
     ],
 )
 @pytest.mark.parametrize("group_size", [None, 64])
@@ -100,6 +105,15 @@ def test_all_state_is_within_1_6_bytes_a_weight_at_4_bits(
     held_bytes = sum(t.numel() * t.element_size() for t in held)
     assert counted.codes + counted.scales + counted.optimizer == held_bytes
     assert counted.float_parameters == 2 * 512 * 4
+
+
+def test_momentum_is_there_where_something_needs_it() -> None:
+    """By default a byte holds the residual; ECO's carry needs a momentum, the sign of an average, too."""
+    kinds = {name.rpartition(".")[2] for name in IntegerAdam(prepared(), lr=0.1).tensors()}
+    assert "residual" in kinds
+    assert "momentum" not in kinds
+    assert IntegerSGD(prepared(), lr=0.1, carry="eco").momentum == 0.9
+    assert IntegerSign(prepared(), lr=0.1).momentum == 0.9
 
 
 def test_the_float_leftovers_train_here_or_with_the_user() -> None:
@@ -156,7 +170,7 @@ def test_closures_early_steps_clipping_and_second_optimizers_are_refused() -> No
     [
         (IntegerSGD, {"lr": -1.0}, "IntegerSGD.lr"),
         (IntegerSGD, {"carry": "byte"}, "no such carry"),
-        (IntegerSGD, {"momentum": 0.0}, "residual or none without momentum"),
+        (IntegerSGD, {"momentum": 0.0, "carry": "eco"}, "residual or none without momentum"),
         (IntegerSign, {"carry": "eco"}, "no such carry"),
         (IntegerSGD, {"estimator": "through"}, "no such estimator"),
         (IntegerSign, {"carry": "none", "estimator": "smooth"}, "needs no latent weight"),

@@ -237,6 +237,35 @@ def test_estimators_are_what_they_are_said_to_be(name: str) -> None:
     assert moves.tolist() == [[name == "pure", True, True, name == "pure"]]
 
 
+@pytest.mark.parametrize("name", ["clipped", "ewgs", "smooth", "piecewise_linear"])
+def test_pushes_to_and_fro_leave_codes_at_their_ends_alone(name: str) -> None:
+    """Steps that cancel out: an estimator that dropped those outwards at an end would walk off it."""
+    choices, weight = rule(carry="residual", momentum=0.0, estimator=name), packed(2)
+    state, backend = new_state(weight, choices), best()
+    before = read_rows(weight, backend, WHOLE)
+    ends = (before == -2) | (before == 1)
+    assert 0.1 < ends.float().mean() < 0.9
+    for step in range(60):
+        g = torch.full((16, 40), 0.05 * (-1) ** step) * scales_of(weight)
+        take_step(weight, state, WHOLE, g, 1.0, choices, mix(step), backend)
+    assert torch.equal(read_rows(weight, backend, WHOLE), before)
+
+
+def test_the_end_of_a_range_is_that_of_the_latent_weight_where_it_is_known() -> None:
+    """Back up from 0.3 below the highest code, but no further than to it; a cut is counted."""
+    choices, weight, backend = rule(carry="residual", momentum=0.0, estimator="clipped"), packed(2), best()
+    state = new_state(weight, choices)
+    assert state.residual is not None
+    write_rows(weight, backend, WHOLE, torch.ones(16, 40, dtype=torch.int8))
+    state.residual.fill_(-38)
+    for step, left in ((0.1, -0.2), (1.0, 0.0)):
+        assert state.cut == 0
+        take_step(weight, state, WHOLE, -step * scales_of(weight).expand(16, 40), 1.0, choices, 0, backend)
+        assert (read_rows(weight, backend, WHOLE) == 1).all()
+        assert (state.residual.float() / 127 - left).abs().max() < 2 / 127
+    assert state.cut == 16 * 40
+
+
 def test_the_smooth_factor_is_that_of_fake_quantization() -> None:
     carried = torch.linspace(-0.49, 0.49, 50)[None]
     codes, d = torch.ones(1, 50, dtype=torch.int8), torch.ones(1, 50)

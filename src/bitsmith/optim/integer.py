@@ -4,9 +4,9 @@
     loss.backward()          # each layer's gradient moves its codes as soon as it is known, and is gone
     optimizer.step()         # closes the step: float leftovers, counters, seeds
 
-    IntegerSGD    d = lr g                                       momentum of steps, a byte
+    IntegerSGD    d = lr g                                       residual, a byte
     IntegerSign   d = lr sign(b m + (1 - b) g)                   momentum of gradients and residual, two bytes
-    IntegerAdam   d = lr g / sqrt(R C / mean C), R, C factored   momentum of steps, a byte
+    IntegerAdam   d = lr g / sqrt(R C / mean C), R, C factored   residual, a byte
 
 Differences from the well-known implementations. Momentum averages, m = b m + (1 - b) g, where torch's SGD
 sums: its learning rate is 1/(1 - b) times smaller. Adam's momentum is one of normalised gradients, for ECO to
@@ -32,7 +32,7 @@ from bitsmith.quantization.integer_layers import PackedWeight
 
 
 class IntegerSGD(IntegerOptimizer):
-    """Plain descent with momentum: no square root and no division for each weight, and one byte of state."""
+    """Plain descent: no square root and no division for each weight, and one byte of state."""
 
     normalised = False
 
@@ -71,12 +71,12 @@ class IntegerAdam(IntegerOptimizer):
         model: nn.Module,
         lr: float,
         *,
-        momentum: float = 0.9,
+        momentum: float | None = None,
         second: float = 0.99,
         eps: float = 1e-12,
         clip: float = 1.0,
         carry: str = "",
-        estimator: str = "clipped",
+        estimator: str = "",
         scales: str = "learned",
         scale_rate: float = 1.0,
         refit_every: int = 100,

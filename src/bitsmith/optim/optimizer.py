@@ -30,24 +30,27 @@ from bitsmith.quantization.integer_layers import PackedWeight
 from bitsmith.quantization.integer_training import int_layers
 
 SCALES = ("learned", "refit", "fixed")
+MOMENTUM = 0.9
 VERSION = 1
 
 
 class IntegerOptimizer(torch.optim.Optimizer):
     """What the three share.
 
-    lr: as for float weights; any scheduler of torch's may change it. momentum: b of the average of steps, 0
-    for none. carry: what becomes of a step's rounding error: ``eco`` puts it into the momentum, ``residual``
-    into a byte of its own, ``none`` leaves it to expectation. estimator: optim.estimators. scales:
-    ``learned`` (by the part of each step that lies along the weight, times ``scale_rate``), ``refit`` every
-    ``refit_every`` steps, or ``fixed``. scale_gradients False is the literal W_int - lr g_int, g_int the
-    gradient of a code: s^2 times smaller than the step that a float weight would take (2206.15472). block:
-    values that share a scale of momentum. weight_decay: decoupled, of the values.
+    lr: as for float weights; any scheduler of torch's may change it. carry: what becomes of a step's rounding
+    error: ``residual`` keeps it in a byte of its own, ``eco`` puts it into the momentum, ``none`` leaves it
+    to expectation. momentum: b of the average of steps, a byte more; None is 0.9 with ``eco`` and for
+    `IntegerSign`, else 0. estimator: optim.estimators, by default ``piecewise_linear`` of a residual, else
+    ``clipped``. scales: ``learned`` (by the part of each step that lies along the weight, times
+    ``scale_rate``), ``refit`` every ``refit_every`` steps, or ``fixed``. scale_gradients False
+    is the literal W_int - lr g_int, g_int the gradient of a code: s^2 times smaller than the step that a
+    float weight would take (2206.15472). block: values that share a scale of momentum. weight_decay:
+    decoupled, of the values.
 
     Raises SiteError for a model without integer layers, or with another integer optimizer.
     """
 
-    carries: tuple[str, ...] = ("eco", "residual", "none")  # the default first
+    carries: tuple[str, ...] = ("residual", "eco", "none")  # the default first
     normalised = True
     averages_gradients = False  # else momentum is one of steps
 
@@ -56,9 +59,9 @@ class IntegerOptimizer(torch.optim.Optimizer):
         model: nn.Module,
         lr: float,
         *,
-        momentum: float = 0.9,
+        momentum: float | None = None,
         carry: str = "",
-        estimator: str = "clipped",
+        estimator: str = "",
         scales: str = "learned",
         scale_rate: float = 1.0,
         refit_every: int = 100,
@@ -70,6 +73,9 @@ class IntegerOptimizer(torch.optim.Optimizer):
         float_optimizer: torch.optim.Optimizer | bool = True,
     ) -> None:
         carry = carry or self.carries[0]
+        if momentum is None:
+            momentum = MOMENTUM if carry == "eco" or self.averages_gradients else 0.0
+        estimator = estimator or ("piecewise_linear" if carry == "residual" else "clipped")
         name = type(self).__name__
         check_value(f"{name}.lr", lr, 0 <= lr < float("inf"), "a finite number >= 0")
         check_value(f"{name}.momentum", momentum, 0 <= momentum < 1, "0 to below 1")

@@ -4,14 +4,15 @@ In units of codes, with c the codes, d the fresh step (learning rate times direc
 momentum that holds steps, not gradients:
 
     m~ = b m + (1 - b) d;   t = clamp(c - m~, low, high);   c' = SR(t);   e = t - c'
+    residual   t = clamp(c + r - m~, low, high);  c' = round(t);  r' = t - c';  m' = m~
     eco        m' = m~ + (1 - 1/b) e                                            2601.22101
     none       m' = m~
-    residual   t = clamp(c + r - m~, low, high);  c' = round(t);  r' = t - c';  m' = m~
 
-It is ECO as printed with its m = m'/lr times the scale, for a constant learning rate. In these units the rate
-divides nothing, so it may fall to 0, and what momentum carries has an exact meaning: u = c - b m/(1 - b),
-where the code would come to rest, moves by u' = u - d, plain descent without any rounding error, as long as
-nothing is clamped. What clamping cuts off is not fed back; `cut` counts it.
+Without momentum (b = 0) m~ = d, and u = c + r, clamped, is the latent weight of float training to 1/127 of a
+code. ECO is as printed with its m = m'/lr times the scale, for a constant learning rate. In these units the
+rate divides nothing, so it may fall to 0, and what momentum carries has an exact meaning:
+u = c - b m/(1 - b), where the code would come to rest, moves by u' = u - d, plain descent without any
+rounding error, as long as nothing is clamped. What clamping cuts off is not fed back; `cut` counts it.
 """
 
 from __future__ import annotations
@@ -109,14 +110,14 @@ def take_step(
     if rule.estimator in NEEDS_LATENT:
         momentum = None if m is None else blocks.read(*m, rule.block)
         carried = carried_of(momentum, None if r is None else r.float() / RESIDUAL, b)
-        d = estimated(rule.estimator, d, codes, carried, low, high, mix(seed, NOISE))
+        d = estimated(rule.estimator, d, codes, carried, low, high, mix(seed, NOISE), exact=r is not None)
     step = Step(
         low,
         high,
         keep=b,
         carry=1 - 1 / b if rule.carry == "eco" else 0.0,
         block=rule.block,
-        clip=rule.estimator != "pure",
+        clip=rule.estimator != "pure" and r is None,
         nearest=r is not None and rule.estimator != "probabilistic",
         seeds=(mix(seed, UPDATE), mix(seed, MOMENTUM), mix(seed, LEFT_OVER)),
     )
