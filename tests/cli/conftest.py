@@ -12,7 +12,10 @@ from bitsmith.cli.main import main
 # Two optimizer steps in each training: enough for every path, in seconds.
 QUICK = [
     argument
-    for override in ("train.epochs=1", "train.batch_size=640", "float.epochs=1", "export=[native]")
+    for override in (
+        *("train.epochs=1", "train.batch_size=640", "float.epochs=1", "export=[native]"),
+        *("quantize.weights.calibration=minmax", "quantize.activations.calibration=minmax"),
+    )
     for argument in ("--set", override)
 ]
 

@@ -48,7 +48,17 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+# "W1-8 by channel" holds these widths too
+COVERED = ("W2A2", "W4", "W1A4", "W1-8 by channel, asymmetric")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=[pytest.mark.slow] if name in COVERED else [])
+        for name, case in CASES.items()
+    ],
+)
 def test_the_runtime_computes_what_was_packed(case: dict, tmp_path: Path) -> None:
     packed, x = finalize(prepared(**case), inputs()), inputs()
     path = to_onnx(packed, tmp_path / "model.onnx", x[:2])

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -64,6 +64,7 @@ def test_a_real_grid_at_a_whole_width_is_its_row(b: float) -> None:
     torch.testing.assert_close(quantizer(X), quantizer.at_row(X, int(b) - 2))
 
 
+@settings(max_examples=25)  # 7 seconds otherwise
 @given(st.floats(3.01, 7.99))
 def test_a_real_grid_has_two_to_the_b_levels_in_a_range_between_its_rows(b: float) -> None:
     width = width_of(b, "real")

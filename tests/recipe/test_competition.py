@@ -21,6 +21,8 @@ SETTINGS = (
     "train.batch_size=320",
     "float.epochs=3",
     "export=[native]",
+    "quantize.weights.calibration=minmax",
+    "quantize.activations.calibration=minmax",
     "methods.0.budget_search.search_share=0.5",
 )
 
@@ -155,6 +157,7 @@ def test_energy_is_estimated_by_the_table_of_the_budget(tmp_path: Path) -> None:
     assert metrics["cost"]["latency_us"] is None
 
 
+@pytest.mark.slow
 def test_a_run_by_channel_group_delivers_and_exports_a_plan_with_lists(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

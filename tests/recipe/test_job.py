@@ -19,7 +19,8 @@ from bitsmith.recipe.schema import Shifts
 from bitsmith.tasks.models import build
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK = ("train.epochs=2", "train.batch_size=640", "float.epochs=2", "export=[native]")
+CHEAP = ("quantize.weights.calibration=minmax", "quantize.activations.calibration=minmax")
+QUICK = ("train.epochs=2", "train.batch_size=640", "float.epochs=2", "export=[native]", *CHEAP)
 
 
 def figures(out: Path) -> dict[str, Any]:
@@ -54,9 +55,10 @@ def test_the_same_seed_gives_the_same_figures(recipe: Recipe, uninterrupted: Pat
     assert figures(tmp_path / "again") == figures(uninterrupted)
 
 
-@pytest.mark.parametrize(
-    ("stage", "step"), [("float", 2), ("float", 4), ("qat", 2), ("qat", 4), ("uniform", 2)]
-)
+LATER = [pytest.param(*where, marks=pytest.mark.slow) for where in (("float", 4), ("qat", 2), ("uniform", 2))]
+
+
+@pytest.mark.parametrize(("stage", "step"), [("float", 2), ("qat", 4), *LATER])
 def test_an_interrupted_run_ends_as_if_it_had_not_been(
     stage: str, step: int, recipe: Recipe, uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -130,7 +132,7 @@ def data_for(name: str, tmp_path: Path) -> list[str]:
             "data.arguments={train: 24, validation: 8, test: 10, augment: shift}",
             "quantize.calibration_samples=16",
         ]
-    if name in ("digits_vit", "progressive"):
+    if name in ("digits_vit", "progressive", "output_approximation"):
         return ["model.arguments={width: 16, depth: 2, heads: 2, hidden: 48}", "train.batch_size=640"]
     if name != "cifar10_resnet20":
         return ["train.batch_size=640"]
@@ -161,6 +163,8 @@ RECIPES = [
 def test_every_recipe_runs_to_its_end(name: str, tmp_path: Path) -> None:
     written = load_recipe(ROOT / "recipes" / f"{name}.yaml")
     overrides = [f"train.epochs={min(1, written.train.epochs)}", *data_for(name, tmp_path)]
+    if name in ("search_anchor", "search_sharpness", "tabular", "weight_only"):
+        overrides.append("export=[native]")  # seconds each, and what is exported differs in no kind
     if written.float_train is not None:
         overrides.append("float.epochs=1")
     if written.flatness is not None or name == "tabular":

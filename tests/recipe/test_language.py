@@ -125,6 +125,7 @@ def test_plan_bytes_are_the_payload_of_the_native_file_tied_or_not(
         assert cost["weight_bytes"] == len(content) - header
 
 
+@pytest.mark.slow
 def test_onnx_computes_what_was_trained(folder: Path) -> None:
     pytest.importorskip("onnxruntime")
     found = run(recipe(folder, "target=onnxruntime", "export=[onnx]"), folder / "onnx")
