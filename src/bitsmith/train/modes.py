@@ -66,7 +66,7 @@ MODES: dict[str, Mode] = {
     ),
     "zeroth_order": Mode(
         keys=("parts", "directions", "epsilon"),
-        rates={"scales": 3e-3, "codes": 1e-2, "all": 3e-3},
+        rates={"scales": 1e-2, "codes": 1e-2, "all": 1e-2},
         refused={
             "optimizer": "there is one that needs no gradients",
             "weight_decay": "scales, biases and norms do not decay, and codes cannot",
