@@ -163,7 +163,7 @@ RECIPES = [
 def test_every_recipe_runs_to_its_end(name: str, tmp_path: Path) -> None:
     written = load_recipe(ROOT / "recipes" / f"{name}.yaml")
     overrides = [f"train.epochs={min(1, written.train.epochs)}", *data_for(name, tmp_path)]
-    if name in ("search_anchor", "search_sharpness", "tabular", "weight_only"):
+    if name in ("forward_only", "search_anchor", "search_sharpness", "tabular", "weight_only"):
         overrides.append("export=[native]")  # seconds each, and what is exported differs in no kind
     if written.float_train is not None:
         overrides.append("float.epochs=1")
