@@ -19,14 +19,17 @@ from bitsmith.quantization.integer_layers import packed_layers
 from bitsmith.recipe import Recipe, job, load_recipe, run
 from bitsmith.recipe.directory import load_stage
 from bitsmith.recipe.load import parse_recipe
-from bitsmith.recipe.predict import predict
 from bitsmith.recipe.progress import Event
 from bitsmith.recipe.reopen import evaluate_run, export_run, flatness_of_run
 from bitsmith.tasks.models import build
 
 ROOT = Path(__file__).resolve().parents[2]
 MODES = {"integer": "integer", "zeroth_order": "forward_only"}
-QUICK = ("float.epochs=2", "train.epochs=3", "train.batch_size=320", "export=[native]", "shift=none")
+ONCE = ["integer", pytest.param("zeroth_order", marks=pytest.mark.slow)]  # that it resumes: tests/train
+QUICK = (
+    "float.epochs=2", "float.batch_size=64", "train.epochs=3", "train.batch_size=320", "export=[native]",
+    "shift=none",
+)  # fmt: skip
 
 
 def digits(mode: str, *changes: str) -> Recipe:
@@ -97,15 +100,14 @@ def test_the_report_and_the_screen_say_how_it_trained(
     assert words[mode] in page
     assert "bytes of state a weight" in page
     assert main(["inspect", str(finished[0])]) == 0
-    history = read_json(finished[0] / "history.json", "history")
-    assert {"integer": "IntegerAdam.moved", "zeroth_order": "ZerothOrder.saturated"}[mode] in history[
-        "traces"
-    ][0]
+    traces = read_json(finished[0] / "history.json", "history")["traces"]
+    assert {"integer": "IntegerAdam.moved", "zeroth_order": "ZerothOrder.saturated"}[mode] in traces[0]
 
 
-def test_an_interrupted_run_ends_as_if_it_had_not_been(
-    mode: str, finished: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("mode", ONCE)
+def test_an_interrupted_run_ends_as_if_it_had_not_been(mode: str, tmp_path: Path) -> None:
+    run(digits(mode), tmp_path / "whole")
+
     def interrupt(event: Event) -> None:
         if event.stage == "qat" and event.done >= 4 and event.total > 1:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -114,11 +116,10 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
         run(digits(mode), tmp_path / "run", progress=interrupt)
     assert (tmp_path / "run" / "checkpoints" / "qat_training.safetensors").exists()
     run(digits(mode), tmp_path / "run", resume=True)
-    assert figures(tmp_path / "run") == figures(finished[0])
+    assert figures(tmp_path / "run") == figures(tmp_path / "whole")
     for file in ("model.safetensors", "config.json"):
-        assert (tmp_path / "run" / "model" / file).read_bytes() == (
-            finished[0] / "model" / file
-        ).read_bytes(), file
+        again, whole = (tmp_path / name / "model" / file for name in ("run", "whole"))
+        assert again.read_bytes() == whole.read_bytes(), file
 
 
 def test_a_finished_run_is_evaluated_and_exported_again_with_the_same_codes(
@@ -157,7 +158,7 @@ def byte_model(folder: Path, mode: str, *changes: str) -> Recipe:
     )
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ONCE)
 def test_the_byte_language_model(mode: str, tmp_path: Path) -> None:
     metrics = run(byte_model(tmp_path, mode), tmp_path / "run")
     assert metrics["quantized"]["loss"] < metrics["post_training"]["loss"]
@@ -170,9 +171,7 @@ def test_the_byte_language_model(mode: str, tmp_path: Path) -> None:
     assert all(torch.equal(codes[name], stage[0][name]) for name in held)
 
 
-@pytest.mark.parametrize(
-    "mode", [pytest.param("integer"), pytest.param("zeroth_order", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("mode", ONCE)
 def test_resnet_20(mode: str, tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     arrays: dict[str, Any] = {}
@@ -220,8 +219,8 @@ def test_a_layer_without_an_integer_form_is_refused_before_anything_trains(tmp_p
     assert {event.stage for event in told} == {"data"}
 
 
+@pytest.mark.parametrize("mode", ONCE)
 def test_a_dry_run_says_what_trains(mode: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert predict(digits(mode))["mode"] == mode
     recipe = ROOT / "recipes" / f"{MODES[mode]}.yaml"
     sets = [argument for change in QUICK for argument in ("--set", change)]
     assert main(["run", str(recipe), "--dry-run", *sets]) == 0
