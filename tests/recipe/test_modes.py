@@ -1,8 +1,10 @@
 """Runs that train codes: what is delivered is what trained, whatever interrupts it, and what has no place."""
 
+import functools
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from bitsmith.recipe.reopen import evaluate_run, export_run, flatness_of_run
 from bitsmith.tasks.models import build
 
 ROOT = Path(__file__).resolve().parents[2]
+Finished = tuple[Path, dict[str, torch.Tensor]]
 MODES = {"integer": "integer", "zeroth_order": "forward_only"}
 ONCE = ["integer", pytest.param("zeroth_order", marks=pytest.mark.slow)]  # that it resumes: tests/train
 QUICK = (
@@ -48,26 +51,34 @@ def mode(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def finished(mode: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A run on digits, and the tensors of the model that trained as its last step left them."""
-    out, left = tmp_path_factory.mktemp(mode) / "run", {}
-    kept = job.train
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Finished]:
+    """By mode a run on digits, and the tensors of the model that trained as its last step left them."""
 
-    def watched(model: nn.Module, *arguments: Any, **options: Any) -> Any:
-        result = kept(model, *arguments, **options)
-        left.clear()
-        left.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        return result
+    @functools.cache
+    def finish(mode: str) -> Finished:
+        out, left = tmp_path_factory.mktemp(mode) / "run", {}
+        kept = job.train
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "train", watched)
-        run(digits(mode), out)
-    return out, left
+        def watched(model: nn.Module, *arguments: Any, **options: Any) -> Any:
+            result = kept(model, *arguments, **options)
+            left.clear()
+            left.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
+            return result
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(job, "train", watched)
+            run(digits(mode), out)
+        return out, left
+
+    return finish
 
 
-def test_what_trained_is_what_the_file_holds(
-    mode: str, finished: tuple[Path, dict[str, torch.Tensor]]
-) -> None:
+@pytest.fixture
+def finished(mode: str, whole: Callable[[str], Finished]) -> Finished:
+    return whole(mode)
+
+
+def test_what_trained_is_what_the_file_holds(mode: str, finished: Finished) -> None:
     out, left = finished
     loaded = bs.load(out / "model", kernels=False).state_dict()
     codes = [name for name in loaded if name.endswith((".codes", ".scale"))]
@@ -79,7 +90,7 @@ def test_what_trained_is_what_the_file_holds(
     assert entry["codes_equal"]
 
 
-def test_it_trains_and_the_figures_say_how(mode: str, finished: tuple[Path, dict[str, torch.Tensor]]) -> None:
+def test_it_trains_and_the_figures_say_how(mode: str, finished: Finished) -> None:
     metrics = figures(finished[0])
     assert metrics["quantized"]["loss"] < metrics["post_training"]["loss"]
     told = metrics["training"]
@@ -93,7 +104,7 @@ def test_it_trains_and_the_figures_say_how(mode: str, finished: tuple[Path, dict
 
 
 def test_the_report_and_the_screen_say_how_it_trained(
-    mode: str, finished: tuple[Path, dict[str, torch.Tensor]], capsys: pytest.CaptureFixture[str]
+    mode: str, finished: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = (finished[0] / "report.html").read_text()
     words = {"integer": "Trained on integer codes", "zeroth_order": "Trained by forward passes alone"}
@@ -105,9 +116,9 @@ def test_the_report_and_the_screen_say_how_it_trained(
 
 
 @pytest.mark.parametrize("mode", ONCE)
-def test_an_interrupted_run_ends_as_if_it_had_not_been(mode: str, tmp_path: Path) -> None:
-    run(digits(mode), tmp_path / "whole")
-
+def test_an_interrupted_run_ends_as_if_it_had_not_been(
+    mode: str, whole: Callable[[str], Finished], tmp_path: Path
+) -> None:
     def interrupt(event: Event) -> None:
         if event.stage == "qat" and event.done >= 4 and event.total > 1:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -116,14 +127,15 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(mode: str, tmp_path: Path
         run(digits(mode), tmp_path / "run", progress=interrupt)
     assert (tmp_path / "run" / "checkpoints" / "qat_training.safetensors").exists()
     run(digits(mode), tmp_path / "run", resume=True)
-    assert figures(tmp_path / "run") == figures(tmp_path / "whole")
+    uncut = whole(mode)[0]
+    assert figures(tmp_path / "run") == figures(uncut)
     for file in ("model.safetensors", "config.json"):
-        again, whole = (tmp_path / name / "model" / file for name in ("run", "whole"))
-        assert again.read_bytes() == whole.read_bytes(), file
+        again, expected = (place / "model" / file for place in (tmp_path / "run", uncut))
+        assert again.read_bytes() == expected.read_bytes(), file
 
 
 def test_a_finished_run_is_evaluated_and_exported_again_with_the_same_codes(
-    finished: tuple[Path, dict[str, torch.Tensor]],
+    finished: Finished,
 ) -> None:
     out = finished[0]
     before = (out / "model" / "model.safetensors").read_bytes()
