@@ -58,6 +58,7 @@ class Contender:
     options: Mapping[str, Any] = field(default_factory=dict)
     layers: Mapping[str, Any] = field(default_factory=dict)
     points: tuple[str, ...] = ()  # none: all of the task's
+    times: int = 1  # as many steps
 
 
 def changed(**options: Any) -> Contender:
@@ -86,11 +87,12 @@ CONTENDERS = {
     "sgd": Contender("sgd"),
     "sign": Contender("sign"),
     "zeroth order": Contender("zeroth_order"),
+    "zeroth order, 6 times": Contender("zeroth_order", times=6),
     "zeroth order, codes": Contender(
         "zeroth_order_codes", {"parts": ("weights", "biases"), "residual": True, "normalize": True}
     ),
 }
-ONLY = {"byte_llama": {"float"}, "digits": {"start", "zeroth order", "zeroth order, codes"}}  # of one task
+ONLY = {"byte_llama": {"float"}, "digits": {"start", "zeroth order", "zeroth order, 6 times", "zeroth order, codes"}}  # of one task
 LEFT_OUT = {
     "digits": {"hadamard", "activations 4", "gradients 4, hadamard"}
 }  # the file decides, or Linear only
@@ -227,7 +229,8 @@ class Digits:
                 return F.cross_entropy(model(x[rows]), data.train_y[rows])
 
             model.train()
-            seconds = run(model, optimizer, rate, self.steps, loss, len(x), self.seed, self.size)
+            steps = self.steps * contender.times
+            seconds = run(model, optimizer, rate, steps, loss, len(x), self.seed, self.size)
         with torch.no_grad():
             logits = model.eval()(test_x)
         right = (logits.argmax(1) == data.test_y).double().mean().item()

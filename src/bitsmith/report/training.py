@@ -16,18 +16,19 @@ def sentence(run: Run) -> str:
     """ "Trained on integer codes: 5.2 % of 5,596 codes changed, 31 % lie at an end of their grid (30 %
     before); 1.66 bytes of state a weight"; empty where float weights trained, or nothing is known."""
     found = run.metrics.get("training")
-    if not isinstance(found, dict) or found.get("mode") not in MODES:
+    mode = found.get("mode") if isinstance(found, dict) else None
+    if not isinstance(found, dict) or not isinstance(mode, str) or mode not in MODES:
         return ""
-    parts = []
+    codes = []
     if is_number(found.get("changed")) and is_number(found.get("codes")):
-        parts.append(f"{words.small_percent(found['changed'])} of {found['codes']:,} codes changed")
+        codes.append(f"{words.small_percent(found['changed'])} of {found['codes']:,} codes changed")
     if is_number(found.get("saturated")):
         before = found.get("saturated_before")
         was = f" ({words.small_percent(before)} before)" if is_number(before) else ""
-        parts.append(f"{words.small_percent(found['saturated'])} lie at an end of their grid{was}")
-    what = ", ".join(parts)
+        codes.append(f"{words.small_percent(found['saturated'])} lie at an end of their grid{was}")
+    parts = [": ".join(filter(None, (MODES[mode], ", ".join(codes))))]
     if is_number(found.get("state_bytes_per_weight")):
-        what += f"; {found['state_bytes_per_weight']:.2f} bytes of state a weight"
+        parts.append(f"{found['state_bytes_per_weight']:.2f} bytes of state a weight")
     if isinstance(found.get("frozen"), list) and found["frozen"]:
-        what += f"; frozen: {words.listing(map(str, found['frozen']))}"
-    return MODES[found["mode"]] + (f": {what}" if what else "")
+        parts.append(f"frozen: {words.listing(map(str, found['frozen']))}")
+    return "; ".join(parts)
