@@ -11,7 +11,8 @@
 
 Weights have 8, 4, 3 or 2 bits, one scale for each channel, activations 8; first and last layer 8. Of digits activations
 have the stored ranges of the packed model. Every contender takes as many steps on the same batches in the same order, by
-the same schedule (warm-up, then a cosine to 0). Learning rates are those of RATES. Of byte_llama: the best mean of W4 and
+the same schedule (warm-up, then a cosine to 0), but for `6 times`, which takes so many more: forward passes alone learn
+less from each. Learning rates are those of RATES. Of byte_llama: the best mean of W4 and
 W2 on seed 0 of 0.004, 0.008, 0.012 and 0.018 for QAT, and of the last three for integer training (with the estimator
 `clipped`). Of digits: the best on seed 0 and W4 of 0.002, 0.008 and 0.02 for QAT, of 0.002 to 0.04 for integer training,
 and of 0.01, 0.03 and 0.1 for `zeroth order`. The others were not searched. A row differs from `integer`, IntegerAdam as

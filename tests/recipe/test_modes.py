@@ -183,7 +183,8 @@ def test_the_byte_language_model(mode: str, tmp_path: Path) -> None:
     assert all(torch.equal(codes[name], stage[0][name]) for name in held)
 
 
-@pytest.mark.parametrize("mode", ONCE)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
 def test_resnet_20(mode: str, tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     arrays: dict[str, Any] = {}
@@ -234,7 +235,8 @@ def test_a_layer_without_an_integer_form_is_refused_before_anything_trains(tmp_p
 @pytest.mark.parametrize("mode", ONCE)
 def test_a_dry_run_says_what_trains(mode: str, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = ROOT / "recipes" / f"{MODES[mode]}.yaml"
-    sets = [argument for change in QUICK for argument in ("--set", change)]
+    changes = (*QUICK, "train.batch_size=32", "float.batch_size=32")
+    sets = [argument for change in changes for argument in ("--set", change)]
     assert main(["run", str(recipe), "--dry-run", *sets]) == 0
     assert {"integer": "on integer codes", "zeroth_order": "forward passes"}[mode] in capsys.readouterr().out
 
