@@ -93,7 +93,10 @@ CONTENDERS = {
         "zeroth_order_codes", {"parts": ("weights", "biases"), "residual": True, "normalize": True}
     ),
 }
-ONLY = {"byte_llama": {"float"}, "digits": {"start", "zeroth order", "zeroth order, 6 times", "zeroth order, codes"}}  # of one task
+ONLY = {
+    "byte_llama": {"float"},
+    "digits": {"start", "zeroth order", "zeroth order, 6 times", "zeroth order, codes"},
+}  # of one task
 LEFT_OUT = {
     "digits": {"hadamard", "activations 4", "gradients 4, hadamard"}
 }  # the file decides, or Linear only
