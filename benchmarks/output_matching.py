@@ -8,7 +8,9 @@
               samples and grids; divergence (KL) from the float model and loss on samples apart, processor time
     start     the validation loss along the same 400 steps of training from nearest, GPTQ and matching, 8-bit
               activations; and from matching in a schedule of 279 steps, 30 % fewer; g64: groups of 64 inputs,
-              weights alone, against the float model trained as long
+              weights alone, against the float model trained as long; distilled: learning from the float model's
+              outputs alone, and the divergence from them along the steps, so that what training adds to the float
+              model does not count
 
 The models are those of _float_models.py. GPTAQ's authors take a quarter of its correction (alpha=0.25 in their code),
 their paper all of it: both run, and the table shows the better one, by the figure that is shown.
@@ -50,7 +52,8 @@ POINTS: dict[
 }
 FEWER = ", 279 steps"
 STARTS = ("nearest", "gptq", "matching, gptq", "matching, gptq" + FEWER)
-START_POINTS = ("W3", "W2", "W4g64", "W3g64", "W2g64")
+DISTILLED = " distilled"
+START_POINTS = ("W3", "W2", "W3" + DISTILLED, "W2" + DISTILLED, "W4g64", "W3g64", "W2g64")
 SEEN = (0, 25, 50, 100, 200, 400)  # steps after which part start looks
 TASKS = ("byte_llama", "aidreams260k", "resnet20")
 
@@ -122,6 +125,11 @@ def jobs_start(task: str) -> list[tuple[str, str]]:
 def one_start(unit: Unit, start: str, point: str) -> dict[str, Any]:
     """400 steps of training, or 279 with a whole schedule, and the validation loss on the way."""
     epochs, rows = (3, 1488) if start.endswith(FEWER) else (4, 1600)
+    share, point = (1.0 if point.endswith(DISTILLED) else 0.5), point.removesuffix(DISTILLED)
+
+    def loss() -> float:
+        return unit.judged(model)["kl"] if share == 1 else float(data.validate(model)["loss"])
+
     data, seen = unit.data, {}
     if start == "float":
         model = copy.deepcopy(unit.model)
@@ -131,16 +139,16 @@ def one_start(unit: Unit, start: str, point: str) -> dict[str, Any]:
 
     def look(now: Progress) -> None:
         if (now.step in SEEN or now.step == now.steps) and str(now.step) not in seen:
-            seen[str(now.step)] = data.validate(model)["loss"]
+            seen[str(now.step)] = loss()
             model.train()
 
-    seen["0"] = data.validate(model)["loss"]
+    seen["0"] = loss()
     config = TrainConfig(
         epochs=epochs,
         batch_size=16,
         learning_rate=1e-3,
         gradient_clip=1.0,
-        distillation=0.5,
+        distillation=share,
         seed=unit.seed,
     )
     train(model, data.train_x[:rows], data.train_y[:rows], config, teacher=unit.model, progress=look)
@@ -150,7 +158,8 @@ def one_start(unit: Unit, start: str, point: str) -> dict[str, Any]:
 def table_start(units: list[dict[str, Any]], task: str) -> None:
     """Validation losses by step, when the loss is reached that nearest ends with, perplexity over the float's."""
     for point in START_POINTS if jobs_start(task) else ():
-        print(f"\nstart, {task}, {point}: validation loss after so many steps")
+        figure = "divergence from the float model" if point.endswith(DISTILLED) else "validation loss"
+        print(f"\nstart, {task}, {point}: {figure} after so many steps")
         print(
             f"{'start':<26}"
             + "".join(f"{step:>20}" for step in SEEN)
