@@ -135,12 +135,13 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
 
 
 def test_a_finished_run_is_evaluated_and_exported_again_with_the_same_codes(
-    finished: Finished,
+    mode: str, finished: Finished
 ) -> None:
     out = finished[0]
     before = (out / "model" / "model.safetensors").read_bytes()
-    certificate, _ = export_run(out, ["native"])
-    assert certificate["exports"]["native"]["passed"]
+    formats = ["native", "onnx"] if mode == "integer" else ["native"]
+    certificate, _ = export_run(out, formats)
+    assert [certificate["exports"][name]["codes_equal"] for name in formats] == [True] * len(formats)
     assert (out / "model" / "model.safetensors").read_bytes() == before
     found = evaluate_run(out, shift="fgsm", severities=[3])
     assert found["accuracy"] == figures(out)["quantized"]["accuracy"]

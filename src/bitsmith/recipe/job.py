@@ -30,7 +30,7 @@ from bitsmith.quantization import (
     prepare,
     reestimate_batchnorm,
 )
-from bitsmith.recipe import competition, modes, rounding
+from bitsmith.recipe import competition, modes, outliers, rounding
 from bitsmith.recipe.deliver import Coded, deliver
 from bitsmith.recipe.directory import load_stage, open_run, save_stage, stage_path
 from bitsmith.recipe.limits import search_options
@@ -96,6 +96,7 @@ def _run(
     start_values: Mapping[str, Tensor] | None,
 ) -> dict[str, Any]:
     # A wrong glob or an idle layer is found out now, and not when the float model is trained.
+    outliers.check(recipe, model)
     trial = copy.deepcopy(model)
     quantize(recipe, trial, data.limited(CHECK_SAMPLES))
     rounding.check(recipe, trial, model, data)
@@ -105,6 +106,7 @@ def _run(
     history: History = {}
     seconds: dict[str, float] = {}
     history["float"], seconds["float"] = train_float(recipe, model, data, out, tell)
+    outliers.split(recipe, model, data, out)
     float_model = copy.deepcopy(model).eval()
 
     tell(Event("post_training", 0))
@@ -236,7 +238,9 @@ def prepare_sites(
             model,
             spec.weights,
             spec.activations,
-            overrides=spec.overrides | (_planned(plan) if plan is not None else {}),
+            overrides=spec.overrides
+            | outliers.overrides(recipe, model)
+            | (_planned(plan) if plan is not None else {}),
             target=recipe.target,
             first_last_bits=spec.first_last_bits,
             check_pairs=check_pairs and search_options(recipe) is None,
