@@ -135,19 +135,25 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
 
 
 def test_a_finished_run_is_evaluated_and_exported_again_with_the_same_codes(
-    mode: str, finished: Finished
+    finished: Finished,
 ) -> None:
     out = finished[0]
     before = (out / "model" / "model.safetensors").read_bytes()
-    formats = ["native", "onnx"] if mode == "integer" else ["native"]
-    certificate, _ = export_run(out, formats)
-    assert [certificate["exports"][name]["codes_equal"] for name in formats] == [True] * len(formats)
+    certificate, _ = export_run(out, ["native"])
+    assert certificate["exports"]["native"]["passed"]
     assert (out / "model" / "model.safetensors").read_bytes() == before
     found = evaluate_run(out, shift="fgsm", severities=[3])
     assert found["accuracy"] == figures(out)["quantized"]["accuracy"]
     assert found["shift"]["quantized"]["fgsm"] < found["accuracy"]  # gradients of codes lead somewhere
     with pytest.raises(RecipeError, match="flatness is that of float weights"):
         flatness_of_run(out)
+
+
+@pytest.mark.slow
+def test_codes_that_trained_run_in_onnx_runtime(finished: Finished) -> None:
+    certificate, _ = export_run(finished[0], ["onnx"])
+    assert certificate["exports"]["onnx"]["codes_equal"]
+    assert certificate["exports"]["onnx"]["agreement"] >= 0.995
 
 
 def byte_model(folder: Path, mode: str, *changes: str) -> Recipe:
