@@ -83,7 +83,7 @@ def command(
     """Train an exported model on your data, on the integer codes that its file holds.
 
     With --mode zeroth_order codes stay, and scales, biases and norms learn by forward passes alone. No float
-    weight exists at any time, nothing is downloaded or sent, and whatever happens, the file is the old model
+    weight is kept at any time, nothing is downloaded or sent, and whatever happens, the file is the old model
     or the new one. What memory it takes is said before it begins.
     """
     from bitsmith.errors import RecipeError

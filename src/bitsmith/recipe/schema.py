@@ -223,12 +223,12 @@ class Recipe(Section):
             )
         if self.train.mode == "float":
             return self
-        missing = {
+        refused = {
             "methods": (self.methods, "methods work on float weights, and there are none"),
             "flatness": (self.flatness, "flatness is that of float weights, and there are none"),
             "train.epochs": (self.train.epochs == 0, "codes that do not train are those of mode float"),
         }
-        for where, (given, why) in missing.items():
+        for where, (given, why) in refused.items():
             if given:
                 raise RecipeError(
                     f"not with mode {self.train.mode}: {why}",
