@@ -118,7 +118,17 @@ MEANING = {
     "train.label_smoothing": "of the cross entropy",
     "train.ema": "decay of the average of the weights; 0: none",
     "train.seed": "decides everything random; one seed makes a CPU run bit-exact",
-    "train.device": "`auto` is the GPU where PyTorch sees one",
+    "train.device": "`auto` is the GPU where PyTorch sees one; codes train on the CPU",
+    "train.mode": "what trains: `float` latent weights, `integer` codes ([integer training](integer_training.md#in-a-recipe)), "
+    "or `zeroth_order`: packed models by forward passes alone ([its page](zeroth_order.md#in-a-recipe)). Where codes train "
+    "they start as calibrated (and rounded by `post_training`), are delivered as the last step leaves them, and go without "
+    "`methods`, `flatness`, `ema`, `gradient_clip` and another `precision`; `learning_rate` is that of the mode unless given, "
+    "and the float model has its own",
+    "train.integer_optimizer": "of mode `integer`; usual rates: 0.01, 0.05, 0.001",
+    "train.gradients": "bits of output gradients, of mode `integer`",
+    "train.parts": "of mode `zeroth_order`: scales, biases and norms; codes; or all of them",
+    "train.directions": "of mode `zeroth_order`: so many, two forward passes each, are averaged in a step",
+    "train.epsilon": "of mode `zeroth_order`: how far a forward pass looks, as a share of each tensor's size; codes move by one",
 }
 
 

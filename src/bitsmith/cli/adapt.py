@@ -14,6 +14,7 @@ EXAMPLES = (
     ("bitsmith adapt runs/digits/model --data npz:mine.npz", "on your images, in place"),
     ("bitsmith adapt model --data text:notes.txt --memory-limit 200MB", "a batch that fits"),
     ("bitsmith adapt model --data npz:mine.npz --delta changes.safetensors", "and what changed, to send"),
+    ("bitsmith adapt model --data npz:mine.npz --mode zeroth_order", "in the memory of inference"),
     ("bitsmith adapt model --resume --data npz:mine.npz", "go on where it was interrupted"),
     ("bitsmith adapt model --apply changes.safetensors --out adapted", "the same model elsewhere"),
     ("bitsmith adapt model --merge copy-a copy-b changes.safetensors --out merged", "one of three copies"),
@@ -43,7 +44,11 @@ def command(
             "DATA", "What to train on, named as in a recipe: npz:FILE, folder:DIR, text:PATH, masks:DIR, ..."
         ),
     ] = None,
-    epochs: Annotated[int | None, _given("N", "How often all of it. Default: 5.")] = None,
+    mode: Annotated[
+        str | None,
+        _given("integer|zeroth_order", "By gradients, or by forward passes alone. Default: integer."),
+    ] = None,
+    epochs: Annotated[int | None, _given("N", "How often all of it. Default: 5, or 30 forward-only.")] = None,
     steps: Annotated[int | None, _given("N", "So many batches instead.")] = None,
     lr: Annotated[float | None, _given("RATE", "The learning rate at its peak. Default: 0.01.")] = None,
     batch_size: Annotated[int | None, _given("ROWS", "Rows of a step. Default: 32.")] = None,
@@ -77,12 +82,14 @@ def command(
 ) -> None:
     """Train an exported model on your data, on the integer codes that its file holds.
 
-    No float weight exists at any time, nothing is downloaded or sent, and whatever happens, the file is the
-    old model or the new one. What memory it takes is said before it begins.
+    With --mode zeroth_order codes stay, and scales, biases and norms learn by forward passes alone. No float
+    weight is kept at any time, nothing is downloaded or sent, and whatever happens, the file is the old model
+    or the new one. What memory it takes is said before it begins.
     """
     from bitsmith.errors import RecipeError
 
     training: dict[str, Any] = {
+        "mode": mode,
         "epochs": epochs,
         "steps": steps,
         "learning_rate": lr,
@@ -160,8 +167,10 @@ def _show(record: dict[str, Any], place: Path, delta: Path | None) -> None:
     rows = [(n.replace("_", " "), figure(n, before[n]), figure(n, after[n])) for n in after]
     output().print(table(f"{record['data']}: the test split", ("", "before", "after"), rows))
     layers = record["layers"]
+    forward = record["settings"].get("mode") == "zeroth_order"
+    on = "by forward passes, beside their codes" if forward else "on their codes"
     values = {
-        "trained": f"{len(layers['trained'])} layers on their codes, {record['steps']} steps of "
+        "trained": f"{len(layers['trained'])} layers {on}, {record['steps']} steps of "
         f"{record['batch_size']} in {record['seconds']:.1f} s",
         "codes changed": percent(record["changed"], 1),
         "steps cut off at the ends of the grid": percent(record["saturated"], 2),

@@ -10,6 +10,8 @@ from bitsmith.cli.inspect import show_leftovers, show_sites
 from bitsmith.cli.show import facts, output
 from bitsmith.report.words import count, factor, seconds, size
 
+MODES = {"float": "", "integer": " on integer codes", "zeroth_order": " of forward passes alone"}
+
 
 def show_prediction(found: dict[str, Any]) -> None:
     """Sites, cost, memory and time, as tables."""
@@ -31,7 +33,7 @@ def show_prediction(found: dict[str, Any]) -> None:
         "average weight bits": f"{cost['average_weight_bits']:.2f}",
         "average activation bits": f"{cost['average_activation_bits']:.2f}",
         "float training": f"{seconds(time['float'])} for {steps['float']} steps",
-        "quantized training": f"{seconds(time['qat'])} for {steps['qat']} steps",
+        "quantized training": f"{seconds(time['qat'])} for {steps['qat']} steps" + MODES[found["mode"]],
         **(
             {"uniform competitor": f"{seconds(time['uniform'])} for as many steps"}
             if "uniform" in time

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bitsmith.cli.show import table
-from bitsmith.report import language, rounding
+from bitsmith.report import language, rounding, training
 from bitsmith.report.metrics import Run
 from bitsmith.report.words import (
     DASH,
@@ -135,6 +135,8 @@ def _where(run: Run) -> Table:
         made.add_row(name, f"{run.directory / path} ({size(held)})")
     if rounded := rounding.sentence(rounding.read_rounding(run.directory / rounding.FILE)):
         made.add_row("rounded", rounded)
+    if trained := training.sentence(run):
+        made.add_row("trained", trained)
     total = (run.metrics.get("time") or {}).get("total")
     if total is not None:
         made.add_row("time", seconds(total))

@@ -56,23 +56,27 @@ def verify(
     x: Tensor,
     y: Tensor | None = None,
     score: Callable[[Tensor, Tensor], Mapping[str, float]] | None = None,
+    coded: bool = False,
 ) -> dict[str, Any]:
     """The certificate of ``exports`` ({"native": directory, "onnx": path}).
 
-    trained: the prepared model; packed: ``finalize`` of it; x: inputs (N, ...) of the test set; y: targets
-    (N, ...), for accuracies, or for what ``score(outputs, y)`` makes of them. Raises ExportMismatch (exit
-    code 1) after all files were looked at.
+    trained: the prepared model; packed: ``finalize`` of it, or with ``coded`` what trained instead of it, as
+    codes: then all is compared with that, and the prepared model only says what the sites are. x: inputs
+    (N, ...) of the test set; y: targets (N, ...), for accuracies, or for what ``score(outputs, y)`` makes of
+    them. Raises ExportMismatch (exit code 1) after all files were looked at.
     """
     for name in exports:
         if name not in OPENERS:
             raise FormatError("no such export", where="verify", got=name, expected=listing(OPENERS))
     was_training = trained.training
     trained.eval()
-    reference = outputs_of(trained, x)
+    source = packed if coded else trained
+    reference = outputs_of(source, x)
     certificate: dict[str, Any] = {
         "version": 1,
         "rows": len(x),
-        "reference": "the trained model in eval mode: PyTorch, float32, fake quantization",
+        "reference": "the trained model in eval mode: PyTorch, float32, "
+        + ("codes times scales" if coded else "fake quantization"),
         "exports": {},
         "not_checked": list(NOT_CHECKED),
     }
@@ -83,10 +87,10 @@ def verify(
             opened = OPENERS[name](Path(path), trained)
             entry |= {"runtime": opened.runtime, "runtime_version": opened.version}
             entry |= {"options": opened.options, "file_bytes": opened.file_bytes}
-            _check_stored(entry, opened.stored, trained, packed)
+            _check_stored(entry, opened.stored, source, packed)
             _check_layers(entry, opened, packed, x[:LAYER_ROWS])
             output = opened.predict(x)
-            _check_outputs(entry, opened, trained, output, reference, x)
+            _check_outputs(entry, opened, source, output, reference, x)
             if y is not None:
                 measure = score or _accuracy
                 entry |= measure(output, y)
@@ -132,8 +136,11 @@ def _check_stored(
 
 
 def trained_codes(trained: nn.Module) -> dict[str, Tensor]:
-    """Weight site -> codes (int16, the weight's shape) of a prepared model, by its own quantizers."""
-    codes = {}
+    """Weight site -> codes (int16, the weight's shape) of a prepared model, by its own quantizers; or those
+    that a packed one holds."""
+    codes = {
+        n: site.integers() for n, site in packed_sites(trained).items() if isinstance(site, PackedWeight)
+    }
     for layer in trained.modules():
         if isinstance(layer, WITH_WEIGHTS):
             q, weight = layer.weight_quantizer, weight_of(layer)

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from bitsmith.optim.optimizer import IntegerOptimizer
+from bitsmith.optim.zeroth_order import ZerothOrder
 from bitsmith.quantization.integer_codes import matrix_shape
+from bitsmith.quantization.integer_layers import PackedWeight, packed_layers
 from bitsmith.quantization.integer_training import int_layers
 
 
 @dataclass(frozen=True)
 class StateBytes:
-    """weights: how many there are in integer layers. float_state: of the float optimizer; buffers: of float
-    layers, such as BatchNorm's."""
+    """weights: how many there are in integer or packed layers. float_state: of the float optimizer; buffers:
+    of float layers, such as BatchNorm's."""
 
     weights: int
     codes: int
@@ -37,12 +39,16 @@ class StateBytes:
         return sum(value for name, value in vars(self).items() if name != "weights")
 
 
-def state_bytes(model: nn.Module, optimizer: IntegerOptimizer) -> StateBytes:
-    """Count every tensor of a model that trains on integers and of its optimizer, shared ones once."""
-    weights = {id(layer.weight): layer.weight for layer in int_layers(model).values()}.values()
+def state_bytes(model: nn.Module, optimizer: IntegerOptimizer | ZerothOrder) -> StateBytes:
+    """Count every tensor of a model that trains on integers, or of a packed one that trains by forward
+    passes, and of its optimizer, shared ones once."""
+    layers = int_layers(model) or packed_layers(model)
+    held = [getattr(layer, "weight", None) for layer in layers.values()]
+    weights = {id(weight): weight for weight in held if isinstance(weight, PackedWeight)}.values()
     codes, scales = [w.codes for w in weights], [w.scale for w in weights]
     parameters, own = list(model.parameters()), {id(t) for t in (*codes, *scales)}
-    inner = [] if optimizer.float_optimizer is None else optimizer.float_optimizer.state.values()
+    beside = optimizer.float_optimizer if isinstance(optimizer, IntegerOptimizer) else None
+    inner = [] if beside is None else beside.state.values()
     return StateBytes(
         weights=sum(rows * inputs for rows, inputs in map(matrix_shape, weights)),
         codes=_bytes(codes),

@@ -286,6 +286,11 @@ class ZerothOrder(torch.optim.Optimizer):
             self.written[id(tensor)] = _writes(tensor)
         self.saturated = held / max(changed + held, 1)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All state beside what is trained: residuals, where there are any."""
+        found = {str(number): self.state[t].get("residual") for number, (_, t) in enumerate(self._tensors())}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
     # ---- saved and resumed
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,6 +1,8 @@
-"""`adapt`: trains an exported model on a user's data, on the integer codes that its file holds.
+"""`adapt`: trains an exported model on a user's data, on the integer codes that its file holds; or, by
+forward passes alone, what lies beside them.
 
-    opened      codes and scales become integer layers; no float weight exists, from here on
+    opened      codes and scales become integer layers, or stay the packed ones of inference; no float weight
+                exists, from here on, but of the layer that runs
     planned     what it needs in memory, and the batch that fits a limit (adapt_memory)
     trained     the one loop of `train`, whose checkpoint lies beside the model
     written     the model's own tensors, in one step: a reader sees the old model or the new one
@@ -16,17 +18,18 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from bitsmith.errors import FormatError, RecipeError, RunError, TrainingDiverged, check_value
+from bitsmith.errors import FormatError, RecipeError, RunError, TrainingDiverged, check_choice, check_value
 from bitsmith.export.delta import model_digest, share_changed, write_delta
 from bitsmith.export.native import CONFIG, TENSORS, read_stored, write_stored
 from bitsmith.files import read_json, write_json
-from bitsmith.optim import IntegerAdam
+from bitsmith.optim import IntegerOptimizer, ZerothOrder
 from bitsmith.recipe.adapt_memory import Need, plan_memory, return_freed
 from bitsmith.recipe.adapt_model import Opened, check_data, check_model, digest_of, open_model
 from bitsmith.recipe.directory import hold
@@ -38,26 +41,36 @@ from bitsmith.tasks import Examples, load
 from bitsmith.train import Progress as TrainProgress
 from bitsmith.train import TrainConfig, train
 from bitsmith.train.checkpoint import tensor_digest
+from bitsmith.train.modes import make_optimizer, usual_rate
 
+EPOCHS = {"integer": 5, "zeroth_order": 30}  # forward passes alone learn less from each batch
 RECORD, CHECKPOINT = "adapted.json", "adapting.safetensors"
 STAGE = "adapt"
 
 
 @dataclass(frozen=True)
 class AdaptSettings:
-    """How to train. steps: instead of epochs. memory_limit: bytes, beside those of libraries. even_if_worse:
-    write what is worse on the validation split, too."""
+    """How to train. epochs, learning_rate: None is what the mode usually takes. steps: instead of epochs.
+    memory_limit: bytes, beside those of libraries. even_if_worse: write what is worse on the validation
+    split, too. mode: ``integer``, codes and all else by gradients; ``zeroth_order``, scales, biases and norms
+    by forward passes."""
 
-    epochs: int = 5
+    epochs: int | None = None
     steps: int | None = None
-    learning_rate: float = 1e-2
+    learning_rate: float | None = None
     batch_size: int = 32
     seed: int = 0
     memory_limit: int | None = None
     even_if_worse: bool = False
+    mode: str = "integer"
 
     def __post_init__(self) -> None:
         steps, limit = self.steps, self.memory_limit
+        check_choice("--mode", self.mode, tuple(EPOCHS))
+        for name, usual in {"epochs": EPOCHS[self.mode], **usual_rate({"mode": self.mode})}.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, usual)
+        assert self.epochs is not None
         check_value("--steps", steps, steps is None or steps >= 1, "a whole number >= 1")
         check_value("--epochs", self.epochs, self.epochs >= 1, "a whole number >= 1")
         check_value("--memory-limit", limit, limit is None or limit > 0, "more than nothing")
@@ -65,8 +78,12 @@ class AdaptSettings:
 
     def config(self, batch_size: int | None = None) -> TrainConfig:
         """The same as the loop of `train` takes it."""
+        assert self.epochs is not None
+        assert self.learning_rate is not None
         try:
             return TrainConfig(
+                weight_decay=0.0,
+                mode=self.mode,
                 epochs=self.epochs,
                 batch_size=batch_size or self.batch_size,
                 learning_rate=self.learning_rate,
@@ -114,7 +131,7 @@ def adapt(
         rows = f"{len(examples.train_x)} training and {len(examples.test_x)} test {examples.unit}"
         tell(Event("data", note=f"{examples.name}: {rows}"))
         with torch.random.fork_rng(devices=[]):
-            opened = open_model(source, factory)
+            opened = open_model(source, factory, settings.mode)
             if opened.text != opened.base and (out is None or delta is not None):
                 raise RecipeError(
                     "weights of this model have one scale for all channels, and get one for each",
@@ -140,7 +157,7 @@ def _adapt(
     need = plan_memory(
         model,
         data,
-        _optimizer,
+        partial(_optimizer, settings),
         settings.batch_size,
         settings.memory_limit,
         answers=answers,
@@ -158,7 +175,7 @@ def _adapt(
     record = _begin(earlier, opened, settings) | {"data_digest": seen}
     write_json(place / RECORD, record)
 
-    optimizer = _optimizer(model, settings.learning_rate)
+    optimizer = _optimizer(settings, model)
     saturated: list[float] = []
 
     def show(now: TrainProgress) -> None:
@@ -186,7 +203,8 @@ def _adapt(
     except TrainingDiverged as error:
         remedy = "The model is as it was. Lower --lr, and start anew without its checkpoint"
         raise TrainingDiverged(error.what, where=error.where, remedy=remedy) from None
-    optimizer.detach()
+    if isinstance(optimizer, IntegerOptimizer):
+        optimizer.detach()
     if _rank(data, model) < rank and not settings.even_if_worse:
         _withdraw(place, earlier)
         raise RunError(
@@ -222,8 +240,12 @@ def _adapt(
     return record
 
 
-def _optimizer(model: nn.Module, learning_rate: float) -> IntegerAdam:
-    return IntegerAdam(model, learning_rate)
+def _optimizer(
+    settings: AdaptSettings, model: nn.Module, learning_rate: float | None = None
+) -> IntegerOptimizer | ZerothOrder:
+    made = make_optimizer(model, settings.config(), learning_rate)
+    assert isinstance(made, IntegerOptimizer | ZerothOrder)
+    return made
 
 
 def _rank(data: Examples, model: nn.Module) -> tuple[float, ...]:

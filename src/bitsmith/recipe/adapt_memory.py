@@ -1,9 +1,10 @@
 """What an adaptation needs in memory, said before it begins, and the batch that keeps it within a limit.
 
-State is counted; what a step takes is measured on a real one, forward and backward, at a learning rate of 0,
-which moves nothing. A step of 2n rows takes at most twice what one of n takes, so a limit is approached from
-below: no trial goes beyond it. Python, PyTorch and other libraries are not counted: they are there before.
-glibc keeps freed blocks of up to 32 MB, which nearly doubled what a process held: `return_freed` forbids it.
+State is counted; what a step takes is measured on a real one, forward and backward or twice forward, at a
+learning rate of 0, which moves nothing. A step of 2n rows takes at most twice what one of n takes, so a limit
+is approached from below: no trial goes beyond it. Python, PyTorch and other libraries are not counted: they
+are there before. glibc keeps freed blocks of up to 32 MB, which nearly doubled what a process held:
+`return_freed` forbids it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bitsmith.errors import RecipeError
-from bitsmith.optim import IntegerOptimizer
+from bitsmith.optim import IntegerOptimizer, ZerothOrder
 from bitsmith.tasks import Examples
 from bitsmith.tasks.examples import SPLITS
 from bitsmith.tasks.labelled import Labelled
@@ -33,7 +34,7 @@ AROUND = 8_000_000  # Python objects, small blocks, files that are read: measure
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of mallopt
 LARGE = 65536
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-MakeOptimizer = Callable[[nn.Module, float], IntegerOptimizer]
+MakeOptimizer = Callable[[nn.Module, float], IntegerOptimizer | ZerothOrder]
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def plan_memory(
     asked = min(asked, len(data.train_x))
     optimizer = make(model, 0.0)
     state = _bytes(optimizer.tensors().values())
-    optimizer.detach()
+    _let_go(optimizer)
     rows = (
         len(data.test_x) * answers * 12 if isinstance(data, Labelled) else 0
     )  # float32, and float64 to score
@@ -132,7 +133,8 @@ def _too_little(need: Need, limit: int) -> RecipeError:
 
 
 def step_bytes(model: nn.Module, data: Examples, make: MakeOptimizer, rows: int) -> int:
-    """The most bytes of tensors that a training step of ``rows`` rows makes and holds. It changes nothing."""
+    """The most bytes of tensors that a training step of ``rows`` rows makes and holds. It changes nothing
+    (forward-only training puts floats on its lattice, which it does again)."""
     batches = Batches(
         data.train_x, data.train_y, batch_size=rows, augment=data.augment, augment_both=data.augment_both
     )
@@ -148,15 +150,27 @@ def step_bytes(model: nn.Module, data: Examples, make: MakeOptimizer, rows: int)
             PeakBytes(known) as seen,
         ):
             (part,) = batches.step(0)
-            cross_entropy(model(part.x).float(), part.y).backward()
-            optimizer.step()
+
+            def loss() -> Tensor:
+                return cross_entropy(model(part.x).float(), part.y)
+
+            if isinstance(optimizer, ZerothOrder):
+                optimizer.step(loss)
+            else:
+                loss().backward()
+                optimizer.step()
     finally:
-        optimizer.detach()
+        _let_go(optimizer)
         for module, was in training.items():
             module.training = was
         for parameter in model.parameters():
             parameter.grad = None
     return seen.peak
+
+
+def _let_go(optimizer: IntegerOptimizer | ZerothOrder) -> None:
+    if isinstance(optimizer, IntegerOptimizer):
+        optimizer.detach()
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

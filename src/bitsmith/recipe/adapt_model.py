@@ -1,4 +1,5 @@
-"""An exported model that is opened to train on: integer layers of the very codes that its file holds.
+"""An exported model that is opened to train on: integer layers of the very codes that its file holds, or the
+packed layers of inference.
 
 What cannot train on integers stays packed and frozen, and is listed. Nothing is converted, neither here nor
 when the file is written: its tensors are the model's.
@@ -26,10 +27,10 @@ from bitsmith.tasks import Examples, build
 
 @dataclass(frozen=True)
 class Opened:
-    """A model that trains on integers. text: the configuration that its file will have, equal to the one it
-    has unless weights with one scale for all got one for each channel. frozen: layers that stay packed;
-    in_float: parameters that train as floats. skeleton: bytes of the float model of a factory's,
-    which is there while the file is read, and no longer."""
+    """A model that trains on integers, or by forward passes. text: the configuration that its file will have,
+    equal to the one it has unless weights with one scale for all got one for each channel. frozen: layers
+    that stay packed while others train; in_float: parameters that train as floats. skeleton: bytes of the
+    float model of a factory's, which is there while the file is read, and no longer."""
 
     model: nn.Module
     text: bytes
@@ -52,8 +53,9 @@ def digest_of(directory: Path) -> str:
     return model_digest((directory / CONFIG).read_bytes(), tensors)
 
 
-def open_model(directory: Path, factory: str | None = None) -> Opened:
-    """Load the model of ``directory`` and let it train on integers; ``factory`` builds what is not built in.
+def open_model(directory: Path, factory: str | None = None, mode: str = "integer") -> Opened:
+    """Load the model of ``directory`` and let it train on integers, or in mode ``zeroth_order`` as it is, on
+    the kernels of inference; ``factory`` builds what is not built in.
 
     Raises FormatError where it is no model of ours, SiteError where no layer of it has an integer form.
     """
@@ -63,10 +65,14 @@ def open_model(directory: Path, factory: str | None = None) -> Opened:
         into = build(factory)
         skeleton = sum(p.numel() * p.element_size() for p in into.parameters())
     before = digest_of(directory)
-    model = load_model(directory, into, kernels=False)
+    model = load_model(directory, into, kernels=mode != "integer")
     del into
     if not packed_layers(model):
         raise FormatError("this model has no packed layer", where=str(directory))
+    base = (directory / CONFIG).read_bytes()
+    if mode != "integer":
+        in_float = tuple(name for name, _ in model.named_parameters())
+        return Opened(model, base, before, base, tuple(_frozen(model)), (), in_float, (), skeleton)
     found = resume_integer(model, keep_float=True)
     layers = int_layers(model)
     if not layers:
@@ -76,7 +82,6 @@ def open_model(directory: Path, factory: str | None = None) -> Opened:
         raise SiteError(
             "no layer of this model has an integer form to train on", where=str(directory), got=kinds
         )
-    base = (directory / CONFIG).read_bytes()
     return Opened(
         model,
         _configuration(base, model),
@@ -132,7 +137,8 @@ def check_data(model: nn.Module, data: Examples, where: str) -> tuple[int, int]:
     def count(layer: Any, inputs: Any, output: Tensor) -> None:
         products[0] += output.numel() * layer.weight.shape[1:].numel()
 
-    hooks = [layer.register_forward_hook(count) for layer in int_layers(model).values()]
+    layers = int_layers(model) or _frozen(model)
+    hooks = [layer.register_forward_hook(count) for layer in layers.values()]
     try:
         with torch.no_grad():
             outputs = model.eval()(data.example())

@@ -10,27 +10,36 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from bitsmith.errors import BudgetError, ExportMismatch
+from bitsmith.errors import BudgetError, ExportMismatch, RecipeError, listing, nearest
 from bitsmith.export import save, to_onnx, verify
 from bitsmith.files import write_json
 from bitsmith.quantization import CostModel, CostTable, measure, plan_of
 from bitsmith.quantization.cost_kinds import used
 from bitsmith.quantization.coverage import coverage
 from bitsmith.quantization.finalize import finalize
-from bitsmith.recipe import flatness, shifts
+from bitsmith.recipe import flatness, modes, shifts
 from bitsmith.recipe.competition import Outcome
 from bitsmith.recipe.environment import environment
 from bitsmith.recipe.progress import Event, Progress
-from bitsmith.recipe.schema import Recipe
+from bitsmith.recipe.schema import EXPORTS, Recipe
 from bitsmith.report import write_report
 from bitsmith.report.flatness import FILE as FLATNESS
 from bitsmith.tasks import Examples
+
+
+@dataclass(frozen=True)
+class Coded:
+    """What was trained where codes were: the packed model, and what metrics.json says of its training."""
+
+    packed: nn.Module
+    training: Mapping[str, Any]
+
 
 COMPARED = ("max_abs_difference", "agreement", "rows_within_tolerance", "file_bytes")
 
@@ -45,8 +54,10 @@ def deliver(
     outcome: Outcome | None,
     seconds: Mapping[str, float],
     tell: Progress,
+    coded: Coded | None = None,
 ) -> dict[str, Any]:
-    """Write everything that a finished run holds; returns the metrics.
+    """Write everything that a finished run holds; returns the metrics. Of ``coded`` come codes and figures,
+    and of ``trained``, the prepared model, what is counted.
 
     Where an export does not hold, all files are written all the same, so that the report shows it; then
     ExportMismatch is raised.
@@ -62,9 +73,9 @@ def deliver(
     plan.save(out / "plan.json")
 
     started = time.perf_counter()
-    packed = finalize(trained, example)
+    packed = finalize(trained, example) if coded is None else coded.packed
     paths = write_exports(packed, recipe.export, out, example)
-    certificate, mismatch = _verify(trained, packed, paths, data)
+    certificate, mismatch = _verify(trained, packed, paths, data, coded is not None)
     write_json(out / "certificate.json", certificate)
     # Where memory allowed fewer rows than the test split has, the figures do not compare with the others.
     measured = data.figures if certificate["rows"] == len(data.test_x) else ()
@@ -91,8 +102,9 @@ def deliver(
     models = {"float": float_model, "quantized": packed}
     figures, answers = _both({name: data.answers(model) for name, model in models.items()})
     asked = recipe.shift
-    found = shifts.measure(models, {"quantized": trained}, data, asked.suite, asked.severities, plain=figures)
-    shifts.write(found, models | {"quantized": trained}, data, out)
+    source = {"quantized": trained if coded is None else modes.with_gradients(packed)}  # of attacks
+    found = shifts.measure(models, source, data, asked.suite, asked.severities, plain=figures)
+    shifts.write(found, models | source, data, out)
     shift = shifts.accuracies(found)
     shown = data.figures[0].replace("_", " ") if "mean_iou" in data.figures else "accuracy"
     took = {"export": export_seconds, "shift": time.perf_counter() - started}
@@ -118,6 +130,7 @@ def deliver(
         "searched": outcome and outcome.searched,
         "uniform": outcome and outcome.uniform,  # the competitor of a search
         "winner": outcome and outcome.winner,
+        "training": {"mode": recipe.train.mode} if coded is None else dict(coded.training),
         "exported": exported,
         "shift": shift,
         "flatness": flatness.figures(flat) if flat else {},  # where the recipe asks for it
@@ -166,6 +179,20 @@ UNITS = {
 }
 
 
+def check_exports(names: Sequence[str]) -> None:
+    """Refuse a format that there is not, with the nearest name. Raises RecipeError."""
+    for name in names:
+        if name not in EXPORTS:
+            near = nearest(name, EXPORTS, 1)
+            raise RecipeError(
+                "there is no such export format",
+                where="--to",
+                got=name,
+                expected=listing(EXPORTS),
+                remedy=f"Did you mean {near[0]}?" if near else "",
+            )
+
+
 def write_exports(packed: nn.Module, formats: Sequence[str], out: Path, example: Tensor) -> dict[str, Path]:
     """Write ``packed`` in each format; returns format -> path."""
     paths = {name: out / EXPORTED_PATHS[name] for name in formats}
@@ -181,10 +208,10 @@ EXPORTED_PATHS = {"native": "model", "onnx": "model.onnx"}
 
 
 def _verify(
-    trained: nn.Module, packed: nn.Module, paths: Mapping[str, Path], data: Examples
+    trained: nn.Module, packed: nn.Module, paths: Mapping[str, Path], data: Examples, coded: bool
 ) -> tuple[dict[str, Any], ExportMismatch | None]:
     """The certificate, and the mismatch that it records, if any."""
     try:
-        return verify(trained, packed, paths, *data.verified(), score=data.score), None
+        return verify(trained, packed, paths, *data.verified(), score=data.score, coded=coded), None
     except ExportMismatch as mismatch:
         return mismatch.certificate, mismatch  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitsmith.errors import BudgetError, SiteError, TargetError
+from bitsmith.errors import BudgetError, SiteError, TargetError, TrainingDiverged
 from bitsmith.files import read_json, write_json
 from bitsmith.methods import Method
 from bitsmith.quantization import (
@@ -30,8 +30,8 @@ from bitsmith.quantization import (
     prepare,
     reestimate_batchnorm,
 )
-from bitsmith.recipe import competition, outliers, rounding
-from bitsmith.recipe.deliver import deliver
+from bitsmith.recipe import competition, modes, outliers, rounding
+from bitsmith.recipe.deliver import Coded, deliver
 from bitsmith.recipe.directory import load_stage, open_run, save_stage, stage_path
 from bitsmith.recipe.limits import search_options
 from bitsmith.recipe.methods import build_methods
@@ -44,6 +44,7 @@ from bitsmith.tasks.resnet import load_weights
 from bitsmith.tasks.suites import chosen
 from bitsmith.train import Progress as TrainProgress
 from bitsmith.train import TrainConfig, train
+from bitsmith.train.modes import make_optimizer
 
 CHECK_SAMPLES = 64
 History = dict[str, list[dict[str, Any]]]
@@ -99,6 +100,8 @@ def _run(
     trial = copy.deepcopy(model)
     quantize(recipe, trial, data.limited(CHECK_SAMPLES))
     rounding.check(recipe, trial, model, data)
+    if modes.trains_codes(recipe):
+        modes.codes_of(recipe, trial, data.example())
 
     history: History = {}
     seconds: dict[str, float] = {}
@@ -122,7 +125,12 @@ def _run(
     shown = data.figures[0]
     tell(Event("post_training", values={f"test {shown.replace('_', ' ')}": post_training[shown]}))
 
-    facts = train_quantized("qat", recipe, model, methods, float_model, data, out, tell)
+    student, start = model, {}
+    if modes.trains_codes(recipe):
+        save_stage(out, modes.START, model.state_dict(), {})
+        student = modes.codes_of(recipe, model, data.example())
+        start = modes.weight_codes(student)
+    facts = train_quantized("qat", recipe, student, methods, float_model, data, out, tell)
     history["qat"], seconds["qat"] = facts["history"], facts["seconds"]
     history["traces"] = facts.get("traces", [])  # not in stages of before they were kept
     learned = {"learned_bits": facts["learned_bits"]} if facts.get("learned_bits") else {}
@@ -130,7 +138,11 @@ def _run(
     if search is not None:
         model, outcome = compete(recipe, search, float_model, model, data, out, history, seconds, tell)
     write_json(out / "history.json", {"version": 1, **history, **learned})
-    return deliver(recipe, out, data, float_model, model, post_training, outcome, seconds, tell)
+    coded = None
+    if student is not model:
+        training = modes.told(recipe, student, start, facts["state_bytes_per_weight"])
+        coded = Coded(modes.packed_of(student, model), training)
+    return deliver(recipe, out, data, float_model, model, post_training, outcome, seconds, tell, coded)
 
 
 def compete(
@@ -287,7 +299,7 @@ def train_quantized(
     if found:
         model.load_state_dict(found[0])
     else:
-        if recipe.train.epochs:  # else it is delivered as it was rounded
+        if recipe.train.epochs and not modes.trains_codes(recipe):  # else it is delivered as it is
             reestimate_batchnorm(model, data.as_trained(REESTIMATION_SAMPLES, recipe.train.seed))
         facts |= _validation(model, data)
         save_stage(out, stage, model.state_dict(), facts)
@@ -324,25 +336,33 @@ def _train(
             # one unit is kept back for what follows training, so that the stage is not shown as finished
             tell(Event(stage, now.step, now.steps + 1, values))
 
-    result = train(
-        model,
-        data.train_x,
-        data.train_y,
-        config,
-        methods=methods,
-        teacher=teacher,
-        augment=data.augment,
-        augment_both=data.augment_both,
-        validate=(lambda: data.validate(model)) if len(data.val_x) else None,
-        progress=show,
-        checkpoint=stage_path(out, f"{stage}_training"),
-        resume=True,
-        events=out / "events" / stage,
-    )
+    optimizer = None if config.mode == "float" else make_optimizer(model, config)
+    try:
+        result = train(
+            model,
+            data.train_x,
+            data.train_y,
+            config,
+            methods=methods,
+            teacher=teacher,
+            augment=data.augment,
+            augment_both=data.augment_both,
+            validate=(lambda: data.validate(model)) if len(data.val_x) else None,
+            progress=show,
+            checkpoint=stage_path(out, f"{stage}_training"),
+            resume=True,
+            events=out / "events" / stage,
+            optimizer=optimizer,
+        )
+    except TrainingDiverged as error:
+        if optimizer is None:
+            raise
+        raise TrainingDiverged(error.what, where=error.where, remedy="Lower train.learning_rate") from None
     for note in result.notes:
         tell(Event(stage, 0, 1, note=note))
     model.cpu()  # all that follows is quick; only training is worth a GPU
-    return {
+    state = {} if optimizer is None else {"state_bytes_per_weight": modes.state_per_weight(model, optimizer)}
+    return state | {
         "history": result.history,
         "traces": result.traces,
         "seconds": result.seconds,

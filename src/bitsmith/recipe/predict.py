@@ -18,7 +18,7 @@ from torch import nn
 
 from bitsmith.quantization import measure, plan_of
 from bitsmith.quantization.coverage import coverage
-from bitsmith.recipe import competition, outliers, rounding
+from bitsmith.recipe import competition, modes, outliers, rounding
 from bitsmith.recipe.job import quantize, read_inputs
 from bitsmith.recipe.schema import Recipe
 from bitsmith.recipe.threads import enough_threads
@@ -50,6 +50,8 @@ def _predict(recipe: Recipe, data: Examples, model: nn.Module) -> dict[str, Any]
         covered = coverage(competition.nearest_rounding(search, model))
     plan = plan_of(model) if search is None else search.plan()
     cost = measure(model, data.example()).report(plan.bits)
+    if modes.trains_codes(recipe):
+        model = modes.codes_of(recipe, model, data.example())
     seconds["qat"] = _seconds(model, data, recipe.train, methods=methods, teacher=teacher)
     if search is not None:
         seconds["uniform"] = seconds["qat"]  # its competitor takes about as long
@@ -65,6 +67,7 @@ def _predict(recipe: Recipe, data: Examples, model: nn.Module) -> dict[str, Any]
         },
         "target": recipe.target,
         "searches": search is not None,
+        "mode": recipe.train.mode,
         "sites": [{"name": name, **site} for name, site in plan.to_dict()["sites"].items()],
         "leftovers": covered.to_dict()["leftovers"],
         "parameters": covered.parameters,

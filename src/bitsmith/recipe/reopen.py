@@ -12,22 +12,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bitsmith.errors import BitsmithError, FormatError, RecipeError, listing, nearest
+from bitsmith.errors import BitsmithError, FormatError, RecipeError
 from bitsmith.export import load as load_model
 from bitsmith.export import verify
 from bitsmith.files import read_json, write_json
 from bitsmith.quantization import Plan
 from bitsmith.quantization.finalize import finalize
 from bitsmith.quantization.integer_layers import PackedWeight, packed_sites
-from bitsmith.recipe import flatness, shifts
+from bitsmith.recipe import flatness, modes, shifts
 from bitsmith.recipe.competition import at_widths
 from bitsmith.recipe.composition import deciders
-from bitsmith.recipe.deliver import write_exports
+from bitsmith.recipe.deliver import check_exports, write_exports
 from bitsmith.recipe.directory import load_stage, stage_path
 from bitsmith.recipe.job import prepare_sites
 from bitsmith.recipe.load import load_recipe
 from bitsmith.recipe.outliers import split_again
-from bitsmith.recipe.schema import EXPORTS, NO_RUNTIME, Flatness, Recipe
+from bitsmith.recipe.schema import NO_RUNTIME, Flatness, Recipe
 from bitsmith.report import write_flatness_page, write_shift_page
 from bitsmith.tasks import Data, Examples, TextData, build
 from bitsmith.tasks import load as load_data
@@ -127,7 +127,11 @@ def evaluate_run(
     attacks = any(one.attacks for one in chosen(examples, suite, "--shift"))
     models = {"float": _kept_float(path, recipe, factory), "quantized": model}
     known = {name: one for name, one in models.items() if one is not None}
-    trained = {"quantized": _trained(path, recipe, factory, examples.example())} if attacks else {}
+    trained: dict[str, nn.Module] = {}
+    if attacks and modes.trains_codes(recipe):
+        trained = {"quantized": modes.with_gradients(model)}
+    elif attacks:
+        trained = {"quantized": _trained(path, recipe, factory, examples.example())}
     over = tuple(severities or recipe.shift.severities)
     found = shifts.measure(
         known,
@@ -160,6 +164,12 @@ def flatness_of_run(
     DataError, SchemeError.
     """
     recipe = _recipe(path)
+    if modes.trains_codes(recipe):
+        raise RecipeError(
+            "flatness is that of float weights, and this run trained codes",
+            where=str(path),
+            got=f"train.mode: {recipe.train.mode}",
+        )
     examples, _ = _fitting(path, recipe, data)
     models = {
         "float": _kept_float(path, recipe, factory),
@@ -325,20 +335,6 @@ def _is_known(kind: str, name: str) -> bool:
     return name.partition(":")[0] in LOADERS
 
 
-def check_exports(names: Sequence[str]) -> None:
-    """Refuse a format that there is not, with the nearest name. Raises RecipeError."""
-    for name in names:
-        if name not in EXPORTS:
-            near = nearest(name, EXPORTS, 1)
-            raise RecipeError(
-                "there is no such export format",
-                where="--to",
-                got=name,
-                expected=listing(EXPORTS),
-                remedy=f"Did you mean {near[0]}?" if near else "",
-            )
-
-
 def export_run(
     path: Path, formats: Sequence[str], *, data: str | None = None, factory: str | None = None
 ) -> tuple[dict[str, Any], dict[str, Path]]:
@@ -357,10 +353,11 @@ def export_run(
             remedy="Give --to native, or run the recipe again with target: onnxruntime",
         )
     examples = _data(path, recipe, data)
-    model = _trained(path, recipe, factory, examples.example())
-    packed = finalize(model, examples.example())
-    paths = write_exports(packed, formats, path, examples.example())
-    certificate = verify(model, packed, paths, *examples.verified(), score=examples.score)
+    example, coded = examples.example(), modes.trains_codes(recipe)
+    model = _trained(path, recipe, factory, example)
+    packed = modes.reopened(path, recipe, model, example) if coded else finalize(model, example)
+    paths = write_exports(packed, formats, path, example)
+    certificate = verify(model, packed, paths, *examples.verified(), score=examples.score, coded=coded)
     if (path / "certificate.json").exists():  # the files of other formats are still there
         before = read_json(path / "certificate.json", "certificate")
         certificate["exports"] = {**before.get("exports", {}), **certificate["exports"]}
@@ -369,17 +366,19 @@ def export_run(
 
 
 def _trained(path: Path, recipe: Recipe, factory: str | None, example: Tensor) -> nn.Module:
-    """The model that was delivered as it was trained: quantizers with their estimators, in eval mode."""
+    """The model that was delivered as it was trained: quantizers with their estimators, in eval mode; where
+    codes were trained, as it was before."""
     model = split_again(recipe, _float_model(path, recipe, factory), path)
     searched = load_stage(path, "winner")
     learned = deciders({name: options for entry in recipe.methods for name, options in entry.items()})
     plan = Plan.load(path / "plan.json") if recipe.plan is not None or searched or learned else None
     prepare_sites(recipe.model_copy(update={"methods": []}), model, plan, example)
-    stage = searched or load_stage(path, "qat")
+    name = modes.START if modes.trains_codes(recipe) else "qat"
+    stage = searched or load_stage(path, name)
     if stage is None:
         raise FormatError(
             "there is no such checkpoint",
-            where=str(stage_path(path, "qat")),
+            where=str(stage_path(path, name)),
             expected="what a finished `bitsmith run` leaves behind",
             remedy="Finish the run with --resume",
         )

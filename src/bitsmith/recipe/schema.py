@@ -32,6 +32,7 @@ from bitsmith.quantization.scheme import Scheme
 from bitsmith.tasks.flatness import RADIUS
 from bitsmith.tasks.shifts import MEASURED
 from bitsmith.train.config import TrainConfig
+from bitsmith.train.modes import KEYS, usual_rate
 
 Export = Literal["native", "onnx"]
 EXPORTS: tuple[Export, ...] = get_args(Export)
@@ -211,6 +212,31 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _the_mode_has_what_it_needs(self) -> Recipe:
+        if self.float_train is not None and self.float_train.mode != "float":
+            raise RecipeError(
+                "the float model has float weights",
+                where="float.mode",
+                got=self.float_train.mode,
+                remedy="Leave it out: train.mode is that of the quantized model",
+            )
+        if self.train.mode == "float":
+            return self
+        refused = {
+            "methods": (self.methods, "methods work on float weights, and there are none"),
+            "flatness": (self.flatness, "flatness is that of float weights, and there are none"),
+            "train.epochs": (self.train.epochs == 0, "codes that do not train are those of mode float"),
+        }
+        for where, (given, why) in refused.items():
+            if given:
+                raise RecipeError(
+                    f"not with mode {self.train.mode}: {why}",
+                    where=where,
+                    remedy="Leave it out, or train.mode",
+                )
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for YAML, in the order of the contract."""
         return self.model_dump(by_alias=True)
@@ -243,9 +269,10 @@ def normalise(document: Mapping[str, Any]) -> dict[str, Any]:
 def resolve(document: Mapping[str, Any]) -> dict[str, Any]:
     """Fill in what depends on another key.
 
-    Weights are quantized per channel unless said otherwise. ``float:`` takes what it does not say from
-    ``train:`` (no distillation: it has no teacher); with `pretrained` weights it is left out. A target
-    without a runtime exports the native files alone.
+    Weights are quantized per channel unless said otherwise. A mode has its own usual learning rate.
+    ``float:`` takes what it does not say from ``train:`` (no distillation: it has no teacher; no mode, and
+    beside another one no learning rates, which are of another kind); with `pretrained` weights it is left
+    out. A target without a runtime exports the native files alone.
     """
     resolved = dict(document)
     if resolved.get("target") == NO_RUNTIME:
@@ -254,11 +281,20 @@ def resolve(document: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(quantize, Mapping) and isinstance(quantize.get("weights"), Mapping):
         resolved["quantize"] = {**quantize, "weights": {"granularity": "channel", **quantize["weights"]}}
     train, own = resolved.get("train"), resolved.get("float")
+    shared = train or {}
+    if isinstance(train, Mapping):
+        resolved["train"] = usual_rate(train) | dict(train)
+        rates = ("learning_rate", "range_learning_rate_factor") if _has_mode(train) else ()
+        shared = {key: value for key, value in train.items() if key not in (*KEYS, *rates)}
     if own is None and ("float" in resolved or resolved.get("pretrained")):
         return resolved | {"float": None}
     if isinstance(train, Mapping | None) and isinstance(own, Mapping | None):
-        resolved["float"] = {**(train or {}), "distillation": 0.0, **(own or {})}
+        resolved["float"] = {**shared, "distillation": 0.0, **(own or {})}
     return resolved
+
+
+def _has_mode(train: Mapping[str, Any]) -> bool:
+    return train.get("mode", "float") != "float"
 
 
 def known_keys(location: Iterable[str]) -> list[str]:

@@ -22,6 +22,7 @@ from bitsmith.report import (
     search,
     segmentation,
     shifts,
+    training,
     words,
 )
 from bitsmith.report.metrics import Run, read_run
@@ -53,6 +54,8 @@ def render(run: Run) -> str:
         f'<h1>{page.text(title)}</h1><p class="lead">{page.text(sentence)}</p>{won}'
         f'<p class="asked">{page.text(words.asked(run))}</p>'
     )
+    if trained := training.sentence(run):
+        header += f'<p class="asked">{page.text(trained)}.</p>'
     body = outcome.alert(run) + outcome.tiles(run)
     body += "".join(
         page.grid(row)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from bitsmith.errors import RecipeError, listing, nearest
+from bitsmith.train.modes import INTEGER_OPTIMIZERS, MODES, PARTS, check_mode
 from bitsmith.train.optimizer import OPTIMIZERS
 from bitsmith.train.precision import PRECISIONS
 from bitsmith.train.schedule import SCHEDULES
@@ -24,6 +25,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": tuple(SCHEDULES),
     "precision": PRECISIONS,
     "device": DEVICES,
+    "mode": tuple(MODES),
+    "integer_optimizer": tuple(INTEGER_OPTIMIZERS),
+    "parts": tuple(PARTS),
 }
 
 # name -> (lowest, highest, whether both ends are allowed, as text)
@@ -42,6 +46,9 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "temperature": (1e-3, 1e3, "a number in 0.001..1000"),
     "label_smoothing": (0.0, 0.999, "a share in 0..0.999"),
     "ema": (0.0, 0.999999, "a decay below 1, or 0 for none"),
+    "gradients": (4, 8, "a whole number of bits from 4 to 8"),
+    "directions": (1, math.inf, "a whole number >= 1"),
+    "epsilon": (1e-6, 1.0, "a share of each tensor's size in 0.000001..1"),
 }
 
 
@@ -67,6 +74,12 @@ class TrainConfig:
     ema: float = 0.0
     seed: int = 0
     device: str = "auto"
+    mode: str = "float"  # what trains: train.modes
+    integer_optimizer: str = "adam"
+    gradients: int = 8  # bits, of mode integer
+    parts: str = "scales"  # what mode zeroth_order moves
+    directions: int = 1  # of one step of mode zeroth_order
+    epsilon: float = 0.02  # how far it looks, in the size of each tensor
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -89,6 +102,7 @@ class TrainConfig:
                 got=f"{self.warmup} + {self.cooldown}",
                 expected="a sum of at most 1",
             )
+        check_mode(self)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from bitsmith.errors import Interrupted, RecipeError, SiteError
 from bitsmith.methods.method import Method
-from bitsmith.optim import IntegerOptimizer
+from bitsmith.optim import IntegerOptimizer, ZerothOrder
 from bitsmith.train.batches import Augment, AugmentBoth, Batches
 from bitsmith.train.checkpoint import check_keys, load_checkpoint, save_checkpoint, tensor_digest
 from bitsmith.train.config import TrainConfig, resolve_device
 from bitsmith.train.distillation import Loss, cross_entropy
 from bitsmith.train.events import Events
+from bitsmith.train.modes import KEYS, make_optimizer
 from bitsmith.train.precision import choose_precision
 from bitsmith.train.run import Run, autocast
 from bitsmith.train.signals import StopFlag, catch_signals
@@ -90,22 +91,20 @@ def train(
     ``loss(logits, targets)`` replaces cross entropy. ``checkpoint`` is one file, written once
     ``checkpoint_seconds`` have passed since the last time, at the end, and on SIGINT, SIGTERM or when
     ``stop()`` is true after a step: those raise Interrupted. ``resume`` continues from it if it exists.
-    ``optimizer`` takes the place of the config's, such as one that moves integer codes; its learning rates
-    are the peaks of the schedule. ``steps`` takes the place of the config's epochs.
+    ``optimizer`` takes the place of the config's; its learning rates are the peaks of the schedule. A config
+    of another mode than float wants a model in the form of that mode (train.modes). ``steps`` takes the place
+    of the config's epochs.
     Raises RecipeError, FormatError, TrainingDiverged, Interrupted.
     """
     _check_methods(model, methods)
-    if isinstance(optimizer, IntegerOptimizer):
-        optimizer.check_loop(
-            accumulation=config.accumulation,
-            clip=config.gradient_clip or None,
-            second_pass=any(type(m).after_backward is not Method.after_backward for m in methods),
-        )
+    if optimizer is None and config.mode != "float":
+        optimizer = make_optimizer(model, config)
+    _check_optimizer(optimizer, config, methods)
     if config.distillation > 0 and teacher is None:
         raise RecipeError(
             "there is no teacher to learn from", where="train.distillation", got=config.distillation
         )
-    device = resolve_device(config.device)
+    device = resolve_device(config.device if config.mode == "float" else "cpu")
     fingerprint = _fingerprint(config, methods, train_x, train_y) if checkpoint else {}
     saved = (
         load_checkpoint(checkpoint, fingerprint) if resume and checkpoint and checkpoint.exists() else None
@@ -219,7 +218,9 @@ def _restore(run: Run, saved: dict[str, Any], path: Path) -> None:
 def _fingerprint(config: TrainConfig, methods: Sequence[Method], x: Tensor, y: Tensor) -> dict[str, Any]:
     """What a checkpoint belongs to. The device may change (but then not to the last bit)."""
     settings = {
-        f"train.{name}": value for name, value in dataclasses.asdict(config).items() if name != "device"
+        f"train.{name}": value
+        for name, value in dataclasses.asdict(config).items()
+        if name != "device" and (config.mode != "float" or name not in KEYS)
     }
     return {
         **settings,
@@ -240,6 +241,25 @@ def _check_methods(model: nn.Module, methods: Sequence[Method]) -> None:
                     where=type(method).__name__,
                     remedy="Add it to the model in attach(), or make it a buffer",
                 )
+
+
+def _check_optimizer(
+    optimizer: torch.optim.Optimizer | None, config: TrainConfig, methods: Sequence[Method]
+) -> None:
+    """Refuse what an optimizer of another kind cannot do. Raises SiteError, RecipeError."""
+    if isinstance(optimizer, IntegerOptimizer):
+        optimizer.check_loop(
+            accumulation=config.accumulation,
+            clip=config.gradient_clip or None,
+            second_pass=any(type(m).after_backward is not Method.after_backward for m in methods),
+        )
+    if isinstance(optimizer, ZerothOrder) and (methods or config.gradient_clip):
+        raise RecipeError(
+            "there is no backward pass for this to work in",
+            where="methods" if methods else "train.gradient_clip",
+            got=", ".join(type(method).__name__ for method in methods) or config.gradient_clip,
+            remedy="Leave it out, or train by gradients",
+        )
 
 
 def _teacher(teacher: nn.Module | None, device: torch.device, precision: str) -> Callable[[Tensor], Tensor]:

@@ -1,7 +1,7 @@
 """Optimizers by name, for the parameter groups of `quantization.parameter_groups`.
 
 Each is torch's own in its fused form: the same formula in one call, which models of many small tensors notice
-on a CPU. Integer and forward-only optimizers are not made here: they take a model, not parameters.
+on a CPU. Optimizers that take a model, not parameters, are made in modes.
 """
 
 from __future__ import annotations

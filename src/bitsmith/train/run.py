@@ -20,13 +20,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bitsmith.errors import RecipeError, TrainingDiverged
 from bitsmith.methods.method import Method
-from bitsmith.quantization import parameter_groups, redraw, sites
+from bitsmith.optim import ZerothOrder
+from bitsmith.quantization import redraw, sites
 from bitsmith.train.average import Average
 from bitsmith.train.batches import Batches, MicroBatch
 from bitsmith.train.config import TrainConfig
 from bitsmith.train.distillation import Loss, combined_loss
 from bitsmith.train.divergence import check_parameters, loss_diverged
-from bitsmith.train.optimizer import OPTIMIZERS
+from bitsmith.train.modes import make_optimizer
 from bitsmith.train.schedule import learning_rate_factor
 from bitsmith.train.traces import Traces
 
@@ -51,7 +52,7 @@ class Run:
         self.methods = sorted(methods, key=lambda method: method.turn)
         self.task_loss, self.device, self.precision = task_loss, device, precision
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = _optimizer(model, config) if optimizer is None else optimizer
+        self.optimizer = make_optimizer(model, config) if optimizer is None else optimizer
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         for method in self.methods:
             method.optimizer_made(self.optimizer)
@@ -88,25 +89,42 @@ class Run:
         self._set_learning_rate()
         if self._stochastic:
             redraw(self.model, self.step)
+        if isinstance(self.optimizer, ZerothOrder):
+            traced = self._forward_step(batch, self.optimizer)
+        else:
+            traced = self._backward_step(batch)
+        self.traces.add(self.step + 1, traced | self._counted())
+        for method in self.methods:
+            method.after_step(self.step, self.steps)
+        if self.average is not None:
+            self.average.update()
+        self.step += 1
+
+    def _backward_step(self, batch: list[MicroBatch]) -> dict[str, Tensor]:
+        """Gradients, and the optimizer's step along them. Returns what methods tell of it."""
         random_state = self._random_state() if self._may_repeat else None
         self._clear_gradients()
         self._record(self._forward_backward(batch))
-
         for method in self.methods:
             method.after_backward(partial(self._second_pass, method, batch, random_state))
         for method in self.methods:
             penalty = method.penalty()
             if penalty.requires_grad:
                 penalty.backward()
-        self.traces.add(self.step + 1, self._traced())
+        traced = self._traced()
         if self.config.gradient_clip > 0:
             nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip)
         self.optimizer.step()
-        for method in self.methods:
-            method.after_step(self.step, self.steps)
-        if self.average is not None:
-            self.average.update()
-        self.step += 1
+        return traced
+
+    def _forward_step(self, batch: list[MicroBatch], optimizer: ZerothOrder) -> dict[str, Tensor]:
+        """The step of an optimizer that looks at losses alone, all of this batch."""
+
+        def loss() -> Tensor:
+            return sum((self._loss(part) * part.weight for part in batch), torch.zeros(()))
+
+        self._record(torch.tensor(optimizer.step(loss)))
+        return {}
 
     def finish_epoch(self, validation: float | Mapping[str, float] | None) -> dict[str, Any]:
         """Add the epoch just trained to the history: its record. A plain number is an accuracy."""
@@ -217,6 +235,12 @@ class Run:
             for name, value in method.traces().items()
         }
 
+    def _counted(self) -> dict[str, Tensor]:
+        """What an optimizer of codes counted in its step: the shares that moved, and that an end held."""
+        told = {name: getattr(self.optimizer, name, None) for name in ("saturated", "moved")}
+        kind = type(self.optimizer).__name__
+        return {f"{kind}.{name}": torch.tensor(value) for name, value in told.items() if value is not None}
+
     def _method_scalars(self) -> dict[str, float]:
         """The scalars of the methods as the epoch leaves them."""
         return {
@@ -267,18 +291,6 @@ class Run:
         if "traces" in state:  # not in the checkpoints of before they were kept
             self.traces.load_state_dict(state["traces"])
         self.learning_rate, self.seconds_before = state["learning_rate"], state["seconds"]
-
-
-def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    groups = parameter_groups(
-        model,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        range_factor=config.range_learning_rate_factor,
-    )
-    if not groups:
-        raise RecipeError("the model has no parameter that trains", where="train")
-    return OPTIMIZERS[config.optimizer](groups)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
