@@ -147,7 +147,12 @@ class CNN(Digits):
             group["lr"] = group.setdefault("peak", group["lr"])  # the schedule ended at 0
         mode = MODES[contender.family]
         config = TrainConfig(
-            batch_size=self.size, learning_rate=rate, weight_decay=0.0, seed=self.seed, device="cpu", mode=mode
+            batch_size=self.size,
+            learning_rate=rate,
+            weight_decay=0.0,
+            seed=self.seed,
+            device="cpu",
+            mode=mode,
         )
         train(model, x, y, config, optimizer=optimizer, steps=steps)
         if contender.carried:
