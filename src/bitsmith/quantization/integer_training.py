@@ -176,11 +176,11 @@ def int_layers(model: nn.Module) -> dict[str, IntLayer]:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, anchor: Tensor | None, layer: IntLinear) -> Tensor:
-        backend, rows = best(), x.reshape(-1, layer.in_features)
-        codes = _encode(layer.input, rows, backend)
+        backend = best()
+        codes, kept = _codes_of(x, layer.input, backend)
         y = backend.values(codes, operand(layer.weight, backend), bias)
         ctx.layer, ctx.shape = layer, x.shape
-        _keep(ctx, codes, layer.input)
+        _keep(ctx, codes, kept)
         return y.view(*x.shape[:-1], layer.out_features)
 
     @staticmethod
@@ -226,7 +226,7 @@ class _Conv2d(torch.autograd.Function):
         stride, dilation = (g.stride[0], g.stride[1]), (g.dilation[0], g.dilation[1])
         y = convolve(backend, operand, filters, kernel, stride, padding, dilation, bias)
         ctx.layer, ctx.shape = layer, x.shape
-        _keep(ctx, found, layer.input)
+        _keep(ctx, found, _narrow(found, layer.input))
         return y.contiguous()
 
     @staticmethod
@@ -291,9 +291,26 @@ def _encode(quantizer: FrozenQuantizer, x: Tensor, backend: Backend) -> Activati
     return Activations(found.codes, found.zero_point, scale)
 
 
-def _keep(ctx: Any, x: Activations, quantizer: FrozenQuantizer) -> None:
+def _codes_of(x: Tensor, quantizer: FrozenQuantizer, backend: Backend) -> tuple[Activations, Tensor]:
+    """Codes of the rows of x and what is kept of them: one set for all layers that read this very tensor, of
+    which each would else save its own. What is no result of autograd's may change unseen, and is not asked."""
+    known = getattr(x, "_codes", None)
+    key = (quantizer.form, x._version) if x.grad_fn is not None and quantizer.form.dynamic else None
+    if known is not None and known[0] == key:
+        return known[1], known[2]
+    found = _encode(quantizer, x.reshape(-1, x.shape[-1]), backend)
+    kept = _narrow(found, quantizer)
+    if key is not None:
+        x._codes = (key, found, kept)  # type: ignore[attr-defined]
+    return found, kept
+
+
+def _narrow(x: Activations, quantizer: FrozenQuantizer) -> Tensor:
     bits, low, _ = _grid(quantizer)
-    codes = pack_nibbles(x.codes, low) if bits <= NIBBLE else x.codes
+    return pack_nibbles(x.codes, low) if bits <= NIBBLE else x.codes
+
+
+def _keep(ctx: Any, x: Activations, codes: Tensor) -> None:
     zero = x.zero_point if isinstance(x.zero_point, Tensor) else None
     ctx.zero_point = 0 if isinstance(x.zero_point, Tensor) else x.zero_point
     ctx.save_for_backward(codes, x.row_scale, zero)

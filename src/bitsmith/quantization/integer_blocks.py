@@ -1,0 +1,151 @@
+"""What surrounds the products of integer training: its tensors are saved as int8 codes, and the rest made again.
+
+    forward     y = f(a, b, ...), as ever
+    saved       a, b, ... as int8 codes with a scale for each of their last axes (a token, a token's head)
+    backward    f is run once more on what the codes stand for, and its own gradient is taken there
+
+so that of a norm, of SwiGLU and of attention no float tensor lives from forward to backward: neither products,
+nor probabilities, nor rotated queries. The forward is the very one of before. The gradient is that of f within
+1/254 of each row's largest value from where it was taken, nearest rounding, so it is not unbiased; ActNN
+(2104.14129) and GACT (2206.11357) save codes of *every* operation of a float network and round stochastically,
+checkpointing (1604.06174) saves floats and runs layers again, products included. Layers' inputs need nothing of
+this: integer layers keep codes of them anyway (integer_training), one set for all layers that read one tensor.
+
+`save_codes` puts it into a model: norms of any kind, gated MLPs that it knows, modules that offer it by a flag
+``saves_codes``, and the attention of transformers' models, by transformers' own interface.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from bitsmith.kernels.choose import best
+
+HIGH = 127  # of codes
+NORMS = (nn.RMSNorm, nn.LayerNorm)
+# Whose forward is down(act(gate x) * up x), by class name: they are other people's.
+GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "Gemma2MLP", "Phi3MLP")
+ATTENTION = "sdpa_saving_codes"  # its name among transformers'
+
+
+def from_codes(function: Callable[..., Tensor], *inputs: Tensor, parameters: Sequence[Tensor] = ()) -> Tensor:
+    """``function(*inputs)``, of which backward keeps the inputs (..., n) as int8 codes alone. parameters:
+    what the function reads besides and what has a gradient. The function draws no random numbers."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    made: Tensor = _FromCodes.apply(function, len(inputs), *inputs, *parameters)
+    return made
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up (2002.05202), elementwise."""
+    return F.silu(gate) * up
+
+
+def save_codes(model: nn.Module) -> tuple[str, ...]:
+    """Let norms, gated MLPs and attention keep codes instead of floats for backward; what they compute stays.
+    The names of these modules, in order; those that did already are not among them."""
+    changed = []
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if getattr(module, "saves_codes", None) is False:
+            module.saves_codes = True  # type: ignore[assignment]
+        elif "forward" in vars(module):  # ours already, or somebody else's
+            continue
+        elif isinstance(module, NORMS) or kind.endswith("RMSNorm"):
+            module.forward = functools.partial(_norm, module)
+        elif kind in GATED and all(hasattr(module, part) for part in ("gate_proj", "up_proj", "act_fn")):
+            module.forward = functools.partial(_gated, module)
+        else:
+            continue
+        changed.append(name)
+    if _attention_of(model) == "sdpa":
+        _register_attention()
+        model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
+        changed.append(ATTENTION)
+    return tuple(changed)
+
+
+def save_floats(model: nn.Module) -> None:
+    """The inverse, as for files: no trace of `save_codes` is left."""
+    for module in model.modules():
+        if getattr(module, "saves_codes", None) is True:
+            module.saves_codes = False  # type: ignore[assignment]
+        forward = vars(module).get("forward")
+        if isinstance(forward, functools.partial) and forward.func in (_norm, _gated):
+            del module.forward
+    if _attention_of(model) == ATTENTION:
+        model.set_attn_implementation("sdpa")  # type: ignore[operator]
+
+
+def _attention_of(model: Any) -> str | None:
+    """Which attention a model of transformers has."""
+    if not hasattr(model, "set_attn_implementation"):
+        return None
+    return getattr(model.config, "_attn_implementation", None)
+
+
+class _FromCodes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], count: int, *tensors: Tensor) -> Tensor:
+        inputs, saved, backend = tensors[:count], [], best()
+        for x in inputs:
+            found = backend.quantize(x.reshape(-1, x.shape[-1]), -HIGH, HIGH)
+            assert found.row_scale is not None
+            saved += [found.codes.view(x.shape), found.row_scale.view(*x.shape[:-1], 1)]
+        ctx.function, ctx.count = function, count
+        ctx.save_for_backward(*saved, *tensors[count:])
+        return function(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        split = 2 * ctx.count
+        inputs = [codes * scale for codes, scale in zip(saved[:split:2], saved[1:split:2], strict=True)]
+        tensors = [*inputs, *saved[split:]]
+        for x, wanted in zip(inputs, needed, strict=False):
+            x.requires_grad_(wanted)
+        with torch.enable_grad():
+            y = ctx.function(*inputs)
+        asked = [x for x, wanted in zip(tensors, needed, strict=True) if wanted]
+        found = iter(torch.autograd.grad(y, asked, dy))
+        return None, None, *(next(found) if wanted else None for wanted in needed)
+
+
+def _norm(module: nn.Module, x: Tensor) -> Tensor:
+    forward = functools.partial(type(module).forward, module)
+    return from_codes(forward, x, parameters=[p for p in module.parameters(recurse=False)])
+
+
+def _gated(module: Any, x: Tensor) -> Tensor:
+    hidden = from_codes(lambda gate, up: module.act_fn(gate) * up, module.gate_proj(x), module.up_proj(x))
+    down: Tensor = module.down_proj(hidden)
+    return down
+
+
+def _register_attention() -> None:
+    """transformers' scaled dot product attention under a name of ours."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, None]:
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return sdpa_attention_forward(module, q, k, v, mask, **options)[0]
+
+        if options.get("dropout"):  # it would draw twice
+            return run(query, key, value), None
+        return from_codes(run, query, key, value), None
+
+    AttentionInterface.register(ATTENTION, attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
