@@ -25,7 +25,7 @@ from bitsmith.errors import check_value
 from bitsmith.kernels.choose import best
 from bitsmith.numerics.rounding import mix
 from bitsmith.optim import blocks
-from bitsmith.optim.optimizer import IntegerOptimizer
+from bitsmith.optim.optimizer import Direction, IntegerOptimizer
 from bitsmith.optim.state import FIRST, WeightState
 from bitsmith.quantization.integer_codes import matrix_shape
 from bitsmith.quantization.integer_layers import PackedWeight
@@ -36,8 +36,8 @@ class IntegerSGD(IntegerOptimizer):
 
     normalised = False
 
-    def _direction(self, state: WeightState, at: slice | Tensor, g: Tensor, seed: int) -> Tensor:
-        return g
+    def _direction(self, state: WeightState, at: slice | Tensor, g: Tensor, seed: int) -> Direction:
+        return g, None, None
 
 
 class IntegerSign(IntegerOptimizer):
@@ -54,13 +54,13 @@ class IntegerSign(IntegerOptimizer):
         state.first, state.first_scale = blocks.zeros(*matrix_shape(weight), self.rule.block)
         return state
 
-    def _direction(self, state: WeightState, at: slice | Tensor, g: Tensor, seed: int) -> Tensor:
+    def _direction(self, state: WeightState, at: slice | Tensor, g: Tensor, seed: int) -> Direction:
         assert state.first is not None
         assert state.first_scale is not None
         m, b = blocks.read(state.first[at], state.first_scale[at], self.rule.block), self.momentum
         m.mul_(b).add_(g, alpha=1 - b)
         state.first[at], state.first_scale[at] = blocks.write(m, self.rule.block, mix(seed, FIRST), best())
-        return m.sign_()
+        return m.sign_(), None, None
 
 
 class IntegerAdam(IntegerOptimizer):
@@ -87,7 +87,7 @@ class IntegerAdam(IntegerOptimizer):
         seed: int = 0,
         float_optimizer: torch.optim.Optimizer | bool = True,
     ) -> None:
-        """second: b of the second moments; eps: below the root; clip: the largest root mean square of a row's
+        """second: b of the second moments; eps: added to both of their factors, relative to rows; clip: the largest root mean square of a row's
         normalised gradient."""
         check_value("IntegerAdam.second", second, 0 <= second < 1, "0 to below 1")
         check_value("IntegerAdam.clip", clip, clip > 0, "a number above 0")
@@ -116,7 +116,7 @@ class IntegerAdam(IntegerOptimizer):
         state.row_squares, state.column_squares = torch.zeros(rows), torch.zeros(inputs)
         return state
 
-    def _direction(self, state: WeightState, at: slice | Tensor, g: Tensor, seed: int) -> Tensor:
+    def _direction(self, state: WeightState, at: slice | Tensor, g: Tensor, seed: int) -> Direction:
         assert state.row_squares is not None
         assert state.column_squares is not None
         squares = g.square()
@@ -125,12 +125,11 @@ class IntegerAdam(IntegerOptimizer):
         state.row_squares[at] = rows
         total = squares.sum(0)
         self._columns = total if self._columns is None else self._columns.add_(total)
-        columns = state.column_squares
-        mean = columns.mean()
-        profile = columns / mean if float(mean) > 0 else torch.ones_like(columns)
-        u = g / (rows[:, None] * profile + self.eps).sqrt()
-        size = u.square().mean(1, keepdim=True).sqrt()
-        return u / (size / self.clip).clamp(min=1.0)
+        mean = state.column_squares.mean()
+        profile = state.column_squares / mean if float(mean) > 0 else torch.ones_like(total)
+        profile += self.eps / (rows.mean() + self.eps)
+        size = ((squares @ profile.reciprocal()) / (g.shape[1] * (rows + self.eps))).sqrt()
+        return g, (rows + self.eps).rsqrt() / (size / self.clip).clamp(min=1.0), profile.rsqrt()
 
     def _taken(self, state: WeightState, rows: int) -> None:
         assert state.column_squares is not None
