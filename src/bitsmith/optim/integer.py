@@ -87,12 +87,13 @@ class IntegerAdam(IntegerOptimizer):
         seed: int = 0,
         float_optimizer: torch.optim.Optimizer | bool = True,
     ) -> None:
-        """second: b of the second moments; eps: added to both of their factors, relative to rows; clip: the largest root mean square of a row's
+        """second: b of the second moments; eps: added to both; clip: the largest root mean square of a row's
         normalised gradient."""
         check_value("IntegerAdam.second", second, 0 <= second < 1, "0 to below 1")
         check_value("IntegerAdam.clip", clip, clip > 0, "a number above 0")
         self.second, self.eps, self.clip = second, eps, clip
         self._columns: Tensor | None = None
+        self._profile = torch.ones(0)  # C / mean C of the weight at hand
         super().__init__(
             model,
             lr,
@@ -123,13 +124,14 @@ class IntegerAdam(IntegerOptimizer):
         fresh, old = squares.mean(1), state.row_squares[at]
         rows = torch.where(old > 0, old.lerp(fresh, 1 - self.second), fresh)
         state.row_squares[at] = rows
-        total = squares.sum(0)
-        self._columns = total if self._columns is None else self._columns.add_(total)
-        mean = state.column_squares.mean()
-        profile = state.column_squares / mean if float(mean) > 0 else torch.ones_like(total)
-        profile += self.eps / (rows.mean() + self.eps)
-        size = ((squares @ profile.reciprocal()) / (g.shape[1] * (rows + self.eps))).sqrt()
-        return g, (rows + self.eps).rsqrt() / (size / self.clip).clamp(min=1.0), profile.rsqrt()
+        if self._columns is None:  # the first rows of this weight
+            mean = state.column_squares.mean()
+            self._profile = (state.column_squares + self.eps) / (mean + self.eps)
+            self._columns = torch.zeros(g.shape[1])
+        self._columns += squares.sum(0)
+        rows = rows + self.eps
+        size = ((squares @ self._profile.reciprocal()) / (rows * g.shape[1])).sqrt()
+        return g, rows.rsqrt() / (size / self.clip).clamp(min=1.0), self._profile.rsqrt()
 
     def _taken(self, state: WeightState, rows: int) -> None:
         assert state.column_squares is not None
