@@ -11,8 +11,9 @@ nor probabilities, nor rotated queries. The forward is the very one of before. T
 checkpointing (1604.06174) saves floats and runs layers again, products included. Layers' inputs need nothing of
 this: integer layers keep codes of them anyway (integer_training), one set for all layers that read one tensor.
 
-`save_codes` puts it into a model: norms of any kind, gated MLPs that it knows, modules that offer it by a flag
-``saves_codes``, and the attention of transformers' models, by transformers' own interface.
+`save_codes` puts it into a model: norms over the last axis, gated MLPs that it knows, modules that offer it by a
+flag ``saves_codes``, and the attention of transformers' models, by transformers' own interface; a ReLU keeps its
+signs, exactly.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from bitsmith.kernels.choose import best
 HIGH = 127  # of codes
 NORMS = (nn.RMSNorm, nn.LayerNorm)
 # Whose forward is down(act(gate x) * up x), by class name: they are other people's.
-GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "Gemma2MLP", "Phi3MLP")
+GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP")
 ATTENTION = "sdpa_saving_codes"  # its name among transformers'
 
 
@@ -50,7 +51,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def save_codes(model: nn.Module) -> tuple[str, ...]:
-    """Let norms, gated MLPs and attention keep codes instead of floats for backward; what they compute stays.
+    """Let norms, ReLUs, gated MLPs and attention keep codes instead of floats for backward; what they compute stays.
     The names of these modules, in order; those that did already are not among them."""
     changed = []
     for name, module in model.named_modules():
@@ -59,6 +60,8 @@ def save_codes(model: nn.Module) -> tuple[str, ...]:
             module.saves_codes = True  # type: ignore[assignment]
         elif "forward" in vars(module):  # ours already, or somebody else's
             continue
+        elif type(module) is nn.ReLU and not module.inplace:
+            module.forward = _ReLU.apply  # type: ignore[method-assign]
         elif isinstance(module, NORMS) or kind.endswith("RMSNorm"):
             module.forward = functools.partial(_norm, module)
         elif kind in GATED and all(hasattr(module, part) for part in ("gate_proj", "up_proj", "act_fn")):
@@ -79,7 +82,7 @@ def save_floats(model: nn.Module) -> None:
         if getattr(module, "saves_codes", None) is True:
             module.saves_codes = False  # type: ignore[assignment]
         forward = vars(module).get("forward")
-        if isinstance(forward, functools.partial) and forward.func in (_norm, _gated):
+        if forward == _ReLU.apply or getattr(forward, "func", None) in (_norm, _gated):
             del module.forward
     if _attention_of(model) == ATTENTION:
         model.set_attn_implementation("sdpa")  # type: ignore[operator]
@@ -118,6 +121,21 @@ class _FromCodes(torch.autograd.Function):
         asked = [x for x, wanted in zip(tensors, needed, strict=True) if wanted]
         found = iter(torch.autograd.grad(y, asked, dy))
         return None, None, *(next(found) if wanted else None for wanted in needed)
+
+
+class _ReLU(torch.autograd.Function):
+    """A byte for each value says all that its gradient needs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x > 0)
+        return F.relu(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (positive,) = ctx.saved_tensors
+        return dy * positive
 
 
 def _norm(module: nn.Module, x: Tensor) -> Tensor:

@@ -82,16 +82,16 @@ def write_rows(weight: PackedWeight, backend: Backend, at: slice | Tensor, codes
         weight.codes.view(rows, -1)[at] = stream.view(len(at), -1)
 
 
-def operand(weight: PackedWeight, backend: Backend) -> Weight:
-    """The weight as a product of integers reads it, with its scales."""
+def operand(weight: PackedWeight, backend: Backend, start: int = 0, stop: int | None = None) -> Weight:
+    """The weight, or its rows start to stop, as a product of integers reads it, with its scales."""
     bits, low, _, half = grid_of(weight)
     return backend.pack(
-        unsigned_codes(weight, backend),
+        unsigned_codes(weight, backend, start, stop),
         bits,
         group_size=weight.form.group_size,
         offset=low,
         half=half != 0,
-        scale=scales_of(weight),
+        scale=scales_of(weight)[start:stop],
     )
 
 

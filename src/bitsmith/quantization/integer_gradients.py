@@ -63,13 +63,14 @@ def stochastic_codes(
 
 
 def linear_input_gradient(
-    g: Tensor, weight: PackedWeight, bits: int, seed: int, backend: Backend, where: str
+    g: Tensor, weight: PackedWeight, bits: int, seed: int, backend: Backend, where: str, start: int = 0
 ) -> Tensor:
-    """dX (m, inputs) of g = dY (m, rows), float32."""
+    """dX (m, inputs) of g = dY (m, rows), float32, the rows being those of the weight from ``start`` on, a
+    multiple of eight."""
     width, low, _, half = grid_of(weight)
-    rows, inputs = matrix_shape(weight)
-    scales, size = scales_of(weight), weight.form.group_size or inputs
-    codes = unsigned_codes(weight, backend)
+    rows, inputs = g.shape[1], matrix_shape(weight)[1]
+    scales, size = scales_of(weight)[start : start + rows], weight.form.group_size or inputs
+    codes = unsigned_codes(weight, backend, start, start + rows)
     whole = rows <= MOST_INPUTS and scales.shape[1] == 1
     made = g.new_empty(0) if whole else g.new_zeros(len(g), inputs)
     for piece, first in enumerate(range(0, rows, MOST_INPUTS)):  # no sum of 32 bits may wrap

@@ -134,7 +134,7 @@ def prepare_integer(
 def surroundings(model: nn.Module) -> tuple[str, ...]:
     """Let what surrounds the layers keep codes; a note of how much it is, for a report."""
     changed = integer_blocks.save_codes(model)
-    return (f"  {len(changed)} norms, gated MLPs and attentions keep int8 codes for backward",) if changed else ()
+    return (f"  {len(changed)} modules around the layers keep codes for backward",) if changed else ()
 
 
 def check_widths(weights: int, activations: int, gradients: int, where: str = "") -> None:
