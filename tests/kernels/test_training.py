@@ -36,7 +36,7 @@ def test_stochastic_codes_are_within_a_step_and_right_on_average(backend: Backen
     total = torch.zeros(24, 24)
     for seed in range(200):
         codes, scale = stochastic(backend, x, 127, seed, factor, by_column=by_column)
-        step = scale if by_column else scale[:, None]
+        codes, step = (codes.t(), scale) if by_column else (codes, scale[:, None])
         assert ((codes * step - values).abs() <= step * 1.0001).all()
         total += codes * step - values
     assert ((total / 200).abs() < 5 * 0.5 * step / 200**0.5).all()

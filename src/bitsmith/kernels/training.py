@@ -20,15 +20,16 @@ def stochastic(
     backend: Backend, x: Tensor, high: int, seed: int, factor: Tensor | None = None, *, by_column: bool = False
 ) -> tuple[Tensor, Tensor]:
     """x (m, k) as int8 codes of -high .. high and their scales, rounded so that the expectation over seeds is
-    x: a scale for each row, x times ``factor`` (k,) before; ``by_column`` one for each column, and factor (m,).
-    Where x is not finite, a scale is not."""
+    x: a scale for each row, x times ``factor`` (k,) before. ``by_column``: a scale for each column, factor (m,),
+    and codes (k, m). Where x is not finite, a scale is not."""
     m, k = x.shape
     values = x.float().contiguous()
     factor = None if factor is None else factor.float().contiguous()
     if factor is not None and len(factor) != (m if by_column else k):
         raise ValueError(f"{len(factor)} factors for {'rows' if by_column else 'columns'} of {m} x {k}")
     if isinstance(backend, Native):
-        codes, scale = torch.empty(m, k, dtype=torch.int8), torch.empty(k if by_column else m)
+        shape = (k, m) if by_column else (m, k)
+        codes, scale = torch.empty(shape, dtype=torch.int8), torch.empty(shape[0])
         backend.function("stochastic")(
             pointer(values),
             None if factor is None else pointer(factor),
@@ -49,7 +50,8 @@ def stochastic(
     largest = values.abs().amax(axis, keepdim=True) if values.numel() else values.sum(axis, keepdim=True)
     scale = (largest / high).clamp(min=TINY)
     drawn = torch.floor(values / scale + hash_uniform(torch.tensor([seed]), values))
-    return drawn.clamp(-high, high).nan_to_num(-high).to(torch.int8), scale.flatten()
+    codes = drawn.clamp(-high, high).nan_to_num(-high).to(torch.int8)
+    return codes.t().contiguous() if by_column else codes, scale.flatten()
 
 
 def aim(

@@ -59,7 +59,7 @@ def stochastic_codes(
         raise TrainingDiverged(
             "the gradient is not finite", where=where, remedy="Lower the learning rate, or go back a step"
         )
-    return Activations(codes.t().contiguous() if by_column else codes, 0, scale)
+    return Activations(codes, 0, scale)
 
 
 def linear_input_gradient(

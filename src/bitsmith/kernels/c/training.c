@@ -3,7 +3,7 @@
 #include "kernels.h"
 #include <math.h>
 
-enum { WIDE = 256, PIECE = 1 << 14 };   /* columns at once; values of a piece */
+enum { WIDE = 256, TALL = 64, PIECE = 1 << 14 };   /* columns and rows at once; values of a piece */
 
 typedef struct {
     const float *x, *factor;
@@ -50,7 +50,7 @@ static void round_rows(void *data) {
         }
 }
 
-/* One scale for each column, factors by row. */
+/* One scale for each column, factors by row; columns come as rows. */
 static void round_columns(void *data) {
     rounding *p = data;
     const int64_t rows = p->rows, columns = p->columns;
@@ -71,18 +71,28 @@ static void round_columns(void *data) {
         }
         for (int64_t k = 0; k < count; k++)
             scale[k] = p->scale[from + k] = scale_for(largest[k], high, p->least);
-        for (int64_t row = 0; row < rows; row++) {
-            const float *restrict x = p->x + row * columns + from;
-            int8_t *restrict to = p->to + row * columns + from;
-            const float factor = p->factor ? p->factor[row] : 1;
-            const uint32_t first = (uint32_t)(row * columns + from);
-            for (int64_t k = 0; k < count; k++)
-                to[k] = drawn(x[k] * factor, scale[k], high, noise(seed, first + (uint32_t)k));
+        for (int64_t start = 0; start < rows; start += TALL) {
+            const int64_t tall = minimum(TALL, rows - start);
+            int8_t made[TALL][WIDE];
+            for (int64_t i = 0; i < tall; i++) {
+                const float *restrict x = p->x + (start + i) * columns + from;
+                int8_t *restrict to = made[i];
+                const float factor = p->factor ? p->factor[start + i] : 1;
+                const uint32_t first = (uint32_t)((start + i) * columns + from);
+                for (int64_t k = 0; k < count; k++)
+                    to[k] = drawn(x[k] * factor, scale[k], high, noise(seed, first + (uint32_t)k));
+            }
+            for (int64_t k = 0; k < count; k++) {
+                int8_t *to = p->to + (from + k) * rows + start;
+                for (int64_t i = 0; i < tall; i++)
+                    to[i] = made[i][k];
+            }
         }
     }
 }
 
-/* x (rows, columns) times factors as codes of -high .. high, rounded so that the expectation is right. */
+/* x (rows, columns) times factors as codes of -high .. high, rounded so that the expectation is right; by_column:
+   (columns, rows). */
 void bitsmith_stochastic(const float *x, const float *factor, int64_t rows, int64_t columns, int64_t by_column,
                          int64_t seed, float high, float least, float *scale, int8_t *to, int64_t threads) {
     rounding p = {x, factor, rows, columns, by_column, (uint32_t)seed, high, least, scale, to, 0};
