@@ -179,7 +179,10 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
                 entries[label].run()
                 times[label].append(time.perf_counter() - started)
     best = {what: best_of(times, what) for what in ("step", "pass")}
-    found: dict[str, Any] = {"median_ms": {n: 1e3 * statistics.median(t) for n, t in times.items()}, "memory": held}
+    found: dict[str, Any] = {
+        "median_ms": {n: 1e3 * statistics.median(t) for n, t in times.items()},
+        "memory": held,
+    }
     for label in WIDTHS:
         step = times[f"{label} step"]
         beside = {

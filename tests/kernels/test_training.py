@@ -63,9 +63,7 @@ def test_a_step_in_codes_is_its_formula(backend: Backend, r, k, group_size, flag
     with_column, with_residual, with_half, with_decay = flags
     size = group_size or k
     g, row, column = drawn(r, k, seed=seed), drawn(r, -(-k // size), seed=seed + 1), drawn(k, seed=seed + 2)
-    codes, residual = (
-        (drawn(r, k, seed=seed + i) * 40).clamp(-127, 127).to(torch.int8) for i in (3, 4)
-    )
+    codes, residual = ((drawn(r, k, seed=seed + i) * 40).clamp(-127, 127).to(torch.int8) for i in (3, 4))
     half, decay = 0.5 * with_half, 0.01 * with_decay
     options = {"group_size": group_size, "half": half, "decay": decay}
     column, residual = column if with_column else None, residual if with_residual else None

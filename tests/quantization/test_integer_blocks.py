@@ -1,4 +1,5 @@
-"""What surrounds integer layers keeps codes for backward: the same forward, nearly the same gradient, few bytes."""
+"""What surrounds integer layers keeps codes for backward: the same forward, nearly the same gradient, few
+bytes."""
 
 import copy
 import pickle
@@ -113,8 +114,9 @@ def test_a_language_model_computes_what_it_did_and_learns_nearly_the_same() -> N
 
 
 def test_bytes_kept_for_a_token_are_those_of_the_formula() -> None:
-    """A block of width d and hidden h keeps both inputs of norms, what comes of them (once for all layers that read
-    it), q, k, v, what attention gives: 8 d bytes; gate, up and their product: 3 h; and a float of each row."""
+    """A block of width d and hidden h keeps both inputs of norms, what comes of them (once for all layers
+    that read it), q, k, v, what attention gives: 8 d bytes; gate, up and their product: 3 h; and a float of
+    each row."""
     model = llama()
     width, heads, hidden = 64, 4, model.layers[0].mlp.gate_proj.out_features
     _, kept = saved(lambda: loss_of(model))

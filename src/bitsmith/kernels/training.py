@@ -1,4 +1,5 @@
-"""What integer training does to whole matrices of floats: in one pass by the library, else by torch's operators.
+"""What integer training does to whole matrices of floats: in one pass by the library, else by torch's
+operators.
 
 Codes and steps are equal on every backend, bit for bit. Sums of a step are made in double precision, in an
 order that the library fixes and torch does not: as float32 they differ in about one of 10^8.
@@ -17,11 +18,17 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def stochastic(
-    backend: Backend, x: Tensor, high: int, seed: int, factor: Tensor | None = None, *, by_column: bool = False
+    backend: Backend,
+    x: Tensor,
+    high: int,
+    seed: int,
+    factor: Tensor | None = None,
+    *,
+    by_column: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """x (m, k) as int8 codes of -high .. high and their scales, rounded so that the expectation over seeds is
-    x: a scale for each row, x times ``factor`` (k,) before. ``by_column``: a scale for each column, factor (m,),
-    and codes (k, m). Where x is not finite, a scale is not."""
+    """x (m, k) as int8 codes of -high .. high and their scales, rounded so that the expectation over seeds
+    is x: a scale for each row, x times ``factor`` (k,) before. ``by_column``: a scale for each column,
+    factor (m,), and codes (k, m). Where x is not finite, a scale is not."""
     m, k = x.shape
     values = x.float().contiguous()
     factor = None if factor is None else factor.float().contiguous()
@@ -68,7 +75,8 @@ def aim(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a gradient g (r, k) asks of codes (r, k), int8, in codes:
 
-        d = g row column;   d' = (d + level decay) (1/2 + 2 min(|residual| / 127, 1/2))      level = code + half
+        d = g row column;   d' = (d + level decay) (1/2 + 2 min(|residual| / 127, 1/2))      level = code +
+        half
 
     row (r, groups), column (k,); the last factor, that of `piecewise_linear`, where a residual is given. d',
     float32, and the sums over groups of level d and of level^2: float32 (r, groups).

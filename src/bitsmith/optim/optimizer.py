@@ -202,8 +202,8 @@ class IntegerOptimizer(torch.optim.Optimizer):
         self._taken(state, count)
 
     def _direction(self, state: WeightState, at: slice | Tensor, g: Tensor, seed: int) -> Direction:
-        """What a gradient (r, inputs) asks for, before the learning rate: values, and factors of rows (r,) and
-        of columns (inputs,), or None."""
+        """What a gradient (r, inputs) asks for, before the learning rate: values, and factors of rows (r,)
+        and of columns (inputs,), or None."""
         raise NotImplementedError
 
     def _taken(self, state: WeightState, rows: int) -> None:

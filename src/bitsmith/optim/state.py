@@ -90,11 +90,11 @@ def take_step(
     by_row: Tensor | None = None,
     by_column: Tensor | None = None,
 ) -> None:
-    """Move the codes of rows ``at`` by ``direction`` (r, inputs), times by_row (r,) and by_column (inputs,), in
-    units of the gradient of values: all of it is a function of the state and ``seed``."""
+    """Move the codes of rows ``at`` by ``direction`` (r, inputs), times by_row (r,) and by_column
+    (inputs,), in units of the gradient of values: all of it is a function of the state and ``seed``."""
     _, low, high, half = grid_of(weight)
-    inputs, size = matrix_shape(weight)[1], weight.form.group_size
-    scales, codes, b = scales_of(weight), read_rows(weight, backend, at), rule.momentum
+    scales, size, b = scales_of(weight), weight.form.group_size, rule.momentum
+    codes = read_rows(weight, backend, at)
     ratio = lr / scales[at] if rule.scale_gradients else scales[at] * lr
     ratio = ratio if by_row is None else ratio * by_row[:, None]
     m = None

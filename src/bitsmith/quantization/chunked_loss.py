@@ -2,11 +2,12 @@
 
     loss = mean over tokens of  logsumexp_v(h W_v) - h W_y
 
-Of a layer that trains on integers the vocabulary is cut: forward goes through W in chunks of rows and keeps h as
-codes and one logsumexp a token; backward makes a chunk's logits again, and of them dX and the rows' dW, which the
-optimizer takes at once. No gradient of W is there as a whole, and the layer runs once, as integer optimizers want
-it: five products instead of three. Any other head, float or prepared, is called on chunks of tokens and called
-again in backward (checkpointing, 1604.06174): four products, and its weight's gradient is where it always is.
+Of a layer that trains on integers the vocabulary is cut: forward goes through W in chunks of rows and keeps
+h as codes and one logsumexp a token; backward makes a chunk's logits again, and of them dX and the rows'
+dW, which the optimizer takes at once. No gradient of W is there as a whole, and the layer runs once, as
+integer optimizers want it: five products instead of three. Any other head, float or prepared, is called on
+chunks of tokens and called again in backward (checkpointing, 1604.06174): four products, and its weight's
+gradient is where it always is.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ LOGITS = 2**20  # at one moment, of a head that is called
 
 
 def chunked_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor, ignored: int = IGNORED) -> Tensor:
-    """The mean cross-entropy of ``head(hidden)``, hidden (..., width), and targets (...), of which ``ignored``
-    ones do not count. Raises DataError where shapes differ or nothing counts."""
+    """The mean cross-entropy of ``head(hidden)``, hidden (..., width), and targets (...), of which
+    ``ignored`` ones do not count. Raises DataError where shapes differ or nothing counts."""
     if hidden.shape[:-1] != targets.shape or not bool((targets != ignored).any()):
         raise DataError(
             "there is nothing to predict",
@@ -80,7 +81,9 @@ class _IntHead(torch.autograd.Function):
         codes, kept = codes_of(x, layer.input, best())
         total, own = x.new_full((len(x),), float("-inf")), x.new_zeros(len(x))
         for start, stop in _chunks(layer):
-            logits = best().values(codes, operand(layer.weight, best(), start, stop), _part(bias, start, stop))
+            logits = best().values(
+                codes, operand(layer.weight, best(), start, stop), _part(bias, start, stop)
+            )
             total = torch.logaddexp(total, logits.logsumexp(1))
             here = ((y >= start) & (y < stop)).nonzero().flatten()
             own[here] = logits[here, y[here] - start]
@@ -100,7 +103,10 @@ class _IntHead(torch.autograd.Function):
 
         def block(start: int, stop: int) -> Tensor:
             """dW of these rows, still as they were in forward; what they give to dX is added there."""
-            at, settings = _part(bias, start, stop), (layer.gradients, mix(layer.seed, start), backend, layer.name)
+            at, settings = (
+                _part(bias, start, stop),
+                (layer.gradients, mix(layer.seed, start), backend, layer.name),
+            )
             g = backend.values(x, operand(layer.weight, backend, start, stop), at)
             g.sub_(total[:, None]).exp_()
             here = ((y >= start) & (y < stop)).nonzero().flatten()

@@ -1,19 +1,20 @@
-"""What surrounds the products of integer training: its tensors are saved as int8 codes, and the rest made again.
+"""What surrounds the products of integer training: saved for backward as int8 codes, the rest made again.
 
     forward     y = f(a, b, ...), as ever
     saved       a, b, ... as int8 codes with a scale for each of their last axes (a token, a token's head)
     backward    f is run once more on what the codes stand for, and its own gradient is taken there
 
-so that of a norm, of SwiGLU and of attention no float tensor lives from forward to backward: neither products,
-nor probabilities, nor rotated queries. The forward is the very one of before. The gradient is that of f within
-1/254 of each row's largest value from where it was taken, nearest rounding, so it is not unbiased; ActNN
-(2104.14129) and GACT (2206.11357) save codes of *every* operation of a float network and round stochastically,
-checkpointing (1604.06174) saves floats and runs layers again, products included. Layers' inputs need nothing of
-this: integer layers keep codes of them anyway (integer_training), one set for all layers that read one tensor.
+so that of a norm, of SwiGLU and of attention no float tensor lives from forward to backward: neither
+products, nor probabilities, nor rotated queries. The forward is the very one of before; the gradient is
+f's own at a point that differs by at most 1/254 of each row's largest value, rounded to nearest. ActNN
+(2104.14129) and GACT (2206.11357) save codes of *every* operation of a float network, rounded
+stochastically; checkpointing (1604.06174) saves floats and runs layers again, products included. Inputs of
+layers need nothing of this: integer layers keep codes of them anyway (integer_training), one set for all
+layers that read one tensor.
 
-`save_codes` puts it into a model: norms over the last axis, gated MLPs that it knows, modules that offer it by a
-flag ``saves_codes``, and the attention of transformers' models, by transformers' own interface; a ReLU keeps its
-signs, exactly.
+`save_codes` puts it into a model: norms over the last axis, gated MLPs that it knows, modules that offer it
+by a flag ``saves_codes``, and the attention of transformers' models, by transformers' own interface; a ReLU
+keeps its signs, exactly.
 """
 
 from __future__ import annotations
@@ -51,13 +52,13 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def save_codes(model: nn.Module) -> tuple[str, ...]:
-    """Let norms, ReLUs, gated MLPs and attention keep codes instead of floats for backward; what they compute stays.
-    The names of these modules, in order; those that did already are not among them."""
+    """Let norms, ReLUs, gated MLPs and attention keep codes instead of floats for backward; what they
+    compute stays. The names of these modules, in order; those that did already are not among them."""
     changed = []
     for name, module in model.named_modules():
         kind = type(module).__name__
         if getattr(module, "saves_codes", None) is False:
-            module.saves_codes = True  # type: ignore[assignment]
+            module.saves_codes = True
         elif "forward" in vars(module):  # ours already, or somebody else's
             continue
         elif type(module) is nn.ReLU and not module.inplace:
@@ -140,7 +141,7 @@ class _ReLU(torch.autograd.Function):
 
 def _norm(module: nn.Module, x: Tensor) -> Tensor:
     forward = functools.partial(type(module).forward, module)
-    return from_codes(forward, x, parameters=[p for p in module.parameters(recurse=False)])
+    return from_codes(forward, x, parameters=list(module.parameters(recurse=False)))
 
 
 def _gated(module: Any, x: Tensor) -> Tensor:

@@ -51,9 +51,10 @@ def stochastic_codes(
     *,
     by_column: bool = False,
 ) -> Activations:
-    """x (m, k) times ``factor`` (k,) as codes of -(2^(bits-1) - 1) .. 2^(bits-1) - 1 with a scale for each row,
-    so that the expectation over seeds is x; ``by_column``: factor (m,), a scale for each column, and turned: the
-    rows of what comes (k, m) are the columns of x. Raises TrainingDiverged where x is not finite."""
+    """x (m, k) times ``factor`` (k,) as codes of -(2^(bits-1) - 1) .. 2^(bits-1) - 1 with a scale for each
+    row, so that the expectation over seeds is x; ``by_column``: factor (m,), a scale for each column, and
+    turned: the rows of what comes (k, m) are the columns of x. Raises TrainingDiverged where x is not
+    finite."""
     codes, scale = stochastic(backend, x, 2 ** (bits - 1) - 1, seed, factor, by_column=by_column)
     if not bool(torch.isfinite(scale).all()):
         raise TrainingDiverged(

@@ -294,7 +294,8 @@ def _encode(quantizer: FrozenQuantizer, x: Tensor, backend: Backend) -> Activati
 
 def codes_of(x: Tensor, quantizer: FrozenQuantizer, backend: Backend) -> tuple[Activations, Tensor]:
     """Codes of the rows of x and what is kept of them: one set for all layers that read this very tensor, of
-    which each would else save its own. What is no result of autograd's may change unseen, and is not asked."""
+    which each would else save its own. What is no result of autograd's may change unseen, and is not
+    asked."""
     known = getattr(x, "_codes", None)
     key = (quantizer.form, x._version) if x.grad_fn is not None and quantizer.form.dynamic else None
     if known is not None and known[0] == key:

@@ -3,9 +3,10 @@
 Pre-norm blocks with RMSNorm, rotary positions (2104.09864) and SwiGLU (2002.05202), no bias anywhere.
 Module names are those of transformers' `LlamaModel` and the rotary halves lie as there, so that weights go
 from one to the other by name (its `model.` prefix taken off). Unlike there, both products of attention are
-`MatMul` modules with sites of their own; keys and values of what was read are held outside of the model, in a
-`Memory` of fixed size that is written to in place. Where ``saves_codes`` is set (quantization.integer_blocks),
-attention is one operation and keeps int8 codes for backward, and so does SwiGLU.
+`MatMul` modules with sites of their own; keys and values of what was read are held outside of the model, in
+a `Memory` of fixed size that is written to in place. Where ``saves_codes`` is set
+(quantization.integer_blocks), attention is one operation and keeps int8 codes for backward, and so does
+SwiGLU.
 """
 
 from __future__ import annotations
