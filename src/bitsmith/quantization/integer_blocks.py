@@ -12,9 +12,9 @@ stochastically; checkpointing (1604.06174) saves floats and runs layers again, p
 layers need nothing of this: integer layers keep codes of them anyway (integer_training), one set for all
 layers that read one tensor.
 
-`save_codes` puts it into a model: norms over the last axis, gated MLPs that it knows, modules that offer it
-by a flag ``saves_codes``, and the attention of transformers' models, by transformers' own interface; a ReLU
-keeps its signs, exactly.
+`save_codes` puts it into a model: norms over the last axis, gated MLPs that it knows, and modules that
+offer it by a flag ``saves_codes``; a ReLU keeps its signs, exactly. Attention of transformers' models is
+tasks.attention_codes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ HIGH = 127  # of codes
 NORMS = (nn.RMSNorm, nn.LayerNorm)
 # Whose forward is down(act(gate x) * up x), by class name: they are other people's.
 GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP")
-ATTENTION = "sdpa_saving_codes"  # its name among transformers'
 
 
 def from_codes(function: Callable[..., Tensor], *inputs: Tensor, parameters: Sequence[Tensor] = ()) -> Tensor:
@@ -70,10 +69,6 @@ def save_codes(model: nn.Module) -> tuple[str, ...]:
         else:
             continue
         changed.append(name)
-    if _attention_of(model) == "sdpa":
-        _register_attention()
-        model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
-        changed.append(ATTENTION)
     return tuple(changed)
 
 
@@ -85,15 +80,6 @@ def save_floats(model: nn.Module) -> None:
         forward = vars(module).get("forward")
         if forward == _ReLU.apply or getattr(forward, "func", None) in (_norm, _gated):
             del module.forward
-    if _attention_of(model) == ATTENTION:
-        model.set_attn_implementation("sdpa")  # type: ignore[operator]
-
-
-def _attention_of(model: Any) -> str | None:
-    """Which attention a model of transformers has."""
-    if not hasattr(model, "set_attn_implementation"):
-        return None
-    return getattr(model.config, "_attn_implementation", None)
 
 
 class _FromCodes(torch.autograd.Function):
@@ -148,23 +134,3 @@ def _gated(module: Any, x: Tensor) -> Tensor:
     hidden = from_codes(lambda gate, up: module.act_fn(gate) * up, module.gate_proj(x), module.up_proj(x))
     down: Tensor = module.down_proj(hidden)
     return down
-
-
-def _register_attention() -> None:
-    """transformers' scaled dot product attention under a name of ours."""
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-    def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
-    ) -> tuple[Tensor, None]:
-        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return sdpa_attention_forward(module, q, k, v, mask, **options)[0]
-
-        if options.get("dropout"):  # it would draw twice
-            return run(query, key, value), None
-        return from_codes(run, query, key, value), None
-
-    AttentionInterface.register(ATTENTION, attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
