@@ -33,6 +33,7 @@ from bitsmith.kernels.choose import describe
 from bitsmith.optim import IntegerAdam
 from bitsmith.quantization.integer_packed import finalize_integer
 from bitsmith.quantization.integer_prepare import prepare_integer
+from bitsmith.quantization.integer_products import run_on_kernels
 from bitsmith.tasks import build
 from bitsmith.train.peak import PeakBytes
 
@@ -121,6 +122,7 @@ def integer_entries(name: str, widths: tuple[int, int, int]) -> tuple[Entry, Ent
     model, x, loss = MODELS[name]()
     prepare_integer(model, *widths)
     packed = finalize_integer(model)
+    run_on_kernels(packed)
     optimizer = IntegerAdam(model, lr=1e-5)
 
     def step() -> None:

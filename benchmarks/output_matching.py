@@ -7,7 +7,10 @@
     rounding  to nearest, GPTQ, GPTAQ, Qronos and output matching before nearest and GPTQ, on the same calibration
               samples and grids; divergence (KL) from the float model and loss on samples apart, processor time
     start     the validation loss along the same 400 steps of training from nearest, GPTQ and matching, 8-bit
-              activations; g64: groups of 64 inputs, weights alone, against the float model trained as long
+              activations; and from matching in a schedule of 279 steps, 30 % fewer; g64: groups of 64 inputs,
+              weights alone, against the float model trained as long; distilled: learning from the float model's
+              outputs alone, and the divergence from them along the steps, so that what training adds to the float
+              model does not count
 
 The models are those of _float_models.py. GPTAQ's authors take a quarter of its correction (alpha=0.25 in their code),
 their paper all of it: both run, and the table shows the better one, by the figure that is shown.
@@ -47,8 +50,10 @@ POINTS: dict[
     "W2g64": (2, 64, None),
     "W4A4": (4, None, 4),
 }
-STARTS = ("nearest", "gptq", "matching, gptq")
-START_POINTS = ("W3", "W2", "W4g64", "W3g64", "W2g64")
+FEWER = ", 279 steps"
+STARTS = ("nearest", "gptq", "matching, gptq", "matching, gptq" + FEWER)
+DISTILLED = " distilled"
+START_POINTS = ("W3", "W2", "W3" + DISTILLED, "W2" + DISTILLED, "W4g64", "W3g64", "W2g64")
 SEEN = (0, 25, 50, 100, 200, 400)  # steps after which part start looks
 TASKS = ("byte_llama", "aidreams260k", "resnet20")
 
@@ -118,41 +123,56 @@ def jobs_start(task: str) -> list[tuple[str, str]]:
 
 
 def one_start(unit: Unit, start: str, point: str) -> dict[str, Any]:
-    """400 steps of training, and the validation loss on the way."""
+    """400 steps of training, or 279 with a whole schedule, and the validation loss on the way."""
+    epochs, rows = (3, 1488) if start.endswith(FEWER) else (4, 1600)
+    share, point = (1.0 if point.endswith(DISTILLED) else 0.5), point.removesuffix(DISTILLED)
+
+    def loss() -> float:
+        return unit.judged(model)["kl"] if share == 1 else float(data.validate(model)["loss"])
+
     data, seen = unit.data, {}
     if start == "float":
         model = copy.deepcopy(unit.model)
     else:
         model = prepared(unit, point, None if POINTS[point][1] else 8)
-        post_train(model, unit.model, unit.batches, **CONTENDERS[start])
+        post_train(model, unit.model, unit.batches, **CONTENDERS[start.removesuffix(FEWER)])
 
     def look(now: Progress) -> None:
-        if now.step in SEEN and str(now.step) not in seen:
-            seen[str(now.step)] = data.validate(model)["loss"]
+        if (now.step in SEEN or now.step == now.steps) and str(now.step) not in seen:
+            seen[str(now.step)] = loss()
             model.train()
 
-    seen["0"] = data.validate(model)["loss"]
+    seen["0"] = loss()
     config = TrainConfig(
-        epochs=4, batch_size=16, learning_rate=1e-3, gradient_clip=1.0, distillation=0.5, seed=unit.seed
+        epochs=epochs,
+        batch_size=16,
+        learning_rate=1e-3,
+        gradient_clip=1.0,
+        distillation=share,
+        seed=unit.seed,
     )
-    train(model, data.train_x[:1600], data.train_y[:1600], config, teacher=unit.model, progress=look)
+    train(model, data.train_x[:rows], data.train_y[:rows], config, teacher=unit.model, progress=look)
     return {**unit.judged(model), "losses": seen}
 
 
 def table_start(units: list[dict[str, Any]], task: str) -> None:
     """Validation losses by step, when the loss is reached that nearest ends with, perplexity over the float's."""
     for point in START_POINTS if jobs_start(task) else ():
-        print(f"\nstart, {task}, {point}: validation loss after so many steps")
+        figure = "divergence from the float model" if point.endswith(DISTILLED) else "validation loss"
+        print(f"\nstart, {task}, {point}: {figure} after so many steps")
         print(
-            f"{'start':<16}" + "".join(f"{step:>20}" for step in SEEN) + f"{'reaches nearest':>20}{'ppl':>20}"
+            f"{'start':<26}"
+            + "".join(f"{step:>20}" for step in SEEN)
+            + f"{'the end':>20}{'reaches nearest':>20}{'ppl':>20}"
         )
         for start in STARTS:
             key, base = f"start {start} {point}", f"start nearest {point}"
             both = [u["points"] for u in units if key in u["points"] and base in u["points"]]
-            cells = [cell([p[key]["losses"][str(step)] for p in both]) for step in SEEN]
+            cells = [cell([v for p in both if (v := p[key]["losses"].get(str(s)))]) for s in SEEN]
+            cells.append(cell([list(p[key]["losses"].values())[-1] for p in both]))
             ends = [reached(p[key]["losses"], p[base]["losses"][str(SEEN[-1])]) for p in both]
             print(
-                f"{start:<16}"
+                f"{start:<26}"
                 + "".join(f"{one:>20}" for one in [*cells, cell(ends, ".0f"), over(units, key)])
             )
     if jobs_start(task):
@@ -168,13 +188,13 @@ def over(units: list[dict[str, Any]], key: str) -> str:
 def reached(losses: dict[str, float], goal: float) -> float:
     """The step at which a loss is reached, between two looks interpolated; the last one where it never is."""
     before = 0
-    for step in SEEN:
+    for step in map(int, losses):
         if losses[str(step)] <= goal:
             fall = losses[str(before)] - losses[str(step)]
             share = (losses[str(before)] - goal) / fall if fall > 0 else 0.0
             return before + (step - before) * share
         before = step
-    return float(SEEN[-1])
+    return float(before)
 
 
 PARTS = {

@@ -77,6 +77,7 @@ MEANING = {
     "matches nothing is an error",
     "quantize.first_last_bits": "bit-width of the first and the last layer, unless overridden; null: like all others",
     "quantize.calibration_samples": "training samples that ranges are calibrated on",
+    "quantize.outliers": "input channels of Linear layers whose values dwarf the others (largest value over the calibration samples more than `above` times the median channel's; at most a `share` of a layer's, at least one) become [a layer of their own](methods/output_approximation.md), with `bits` for its weight and its input: `{share: 0.01, above: 4, bits: 8, layers: null}` with what differs of these (`layers`: globs). `fc` is then `fc.rest` and `fc.outliers` in overrides, plan and file",
     "post_training.rounding": "what puts weights on their grids, layer by layer",
     "post_training.matching": "move each weight first to where it gives the float model's outputs: "
     "[output matching](methods/output_matching.md)",

@@ -66,7 +66,10 @@ def test_the_certificate_says_what_was_checked_and_what_was_not(
         assert not entry["wider_containers"]
     weights = [m for m in models[1].modules() if isinstance(m, PackedWeight)]
     assert certificate["exports"]["onnx"]["codes"] == sum(w.shape.numel() for w in weights)
-    assert certificate["exports"]["onnx"]["default_options"]["rows_within_tolerance"] == 1.0
+    for entry in certificate["exports"].values():
+        assert entry["default_options"]["rows_within_tolerance"] == 1.0
+        assert entry["default_options"]["holds"]
+    assert "integer products" in certificate["exports"]["native"]["default_options"]["options"]
 
 
 def test_the_certificate_names_what_lies_in_wider_containers(tmp_path: Path) -> None:

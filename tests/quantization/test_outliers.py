@@ -1,11 +1,13 @@
 """Outlier channels in a layer of their own: the same function, fewer errors, counted and stored."""
 
+import json
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from bitsmith.errors import SchemeError, SiteError
-from bitsmith.export.native import load, save
+from bitsmith.errors import FormatError, SchemeError, SiteError
+from bitsmith.export.native import load, read_stored, save, write_stored
 from bitsmith.quantization import Scheme, calibrate, measure, prepare
 from bitsmith.quantization.finalize import finalize
 from bitsmith.quantization.outliers import SplitLinear, split_outliers
@@ -58,10 +60,24 @@ def test_the_cost_counts_both_parts_at_their_widths() -> None:
 def test_the_native_file_holds_both_parts_at_their_widths(tmp_path) -> None:
     packed = finalize(quantized(split_net()), X[:4])
     save(packed, tmp_path)
-    again = load(tmp_path, into=split_net(), kernels=False)
-    assert again[0].outliers.input.form.bits == 8
-    assert again[0].rest.input.form.bits == 4
-    assert torch.equal(again(X), packed(X))
+    for into in (net(), split_net()):  # the file says where it is split
+        again = load(tmp_path, into=into, kernels=False)
+        assert again[0].outliers.input.form.bits == 8
+        assert again[0].rest.input.form.bits == 4
+        assert torch.equal(again(X), packed(X))
+
+
+@pytest.mark.parametrize(
+    "splits", [{"1": [0]}, {"5": [0]}, {"0": [64]}, {"0": []}, {"0": list(range(64))}, {"": [0]}]
+)
+def test_a_split_that_does_not_fit_leaves_the_model_as_it_is(splits: dict[str, list[int]], tmp_path) -> None:
+    save(finalize(quantized(split_net()), X[:4]), tmp_path)
+    config, tensors = read_stored(tmp_path)
+    write_stored(tmp_path, json.dumps({**config, "split": splits}).encode(), tensors)
+    into = net()
+    with pytest.raises(FormatError, match=r"cannot be (put together|split)"):
+        load(tmp_path, into=into)
+    assert type(into[0]) is nn.Linear
 
 
 def test_a_model_without_outliers_stays_as_it_is() -> None:

@@ -162,3 +162,5 @@ def test_too_little_data_is_found_out_before_anything_is_trained(
     with pytest.raises(DataError, match=message):
         run(recipe(tmp_path, *changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    with pytest.raises(DataError, match=message):
+        predict(recipe(tmp_path, *changes))

@@ -177,3 +177,12 @@ def test_nothing_passes_that_the_certificate_does_not_say() -> None:
 def test_a_limit_points_where_the_verdict_says(check: dict[str, Any], figures: str) -> None:
     (certified,) = read_certificate({"exports": {"onnx": {"checks": [{"name": "a", **check}]}}})
     assert certified.checks == (("a", check["passed"], figures.replace(" %", "\u202f%")),)
+
+
+@pytest.mark.parametrize(("holds", "said"), [(True, "hold, too, and 98"), (False, "do NOT hold")])
+def test_it_is_said_how_a_file_computes_by_default(holds: bool, said: str) -> None:
+    found = {"options": "integer products (torch)", "rows_within_tolerance": 0.98, "holds": holds}
+    (certified,) = read_certificate({"exports": {"native": {"default_options": found}}})
+    (remark,) = certified.remarks
+    assert "With integer products (torch)" in remark
+    assert said in remark

@@ -8,7 +8,8 @@
     config.json         {"format": "bitsmith", "version": 1, "model": {"name", "arguments"} | null,
                          "layers": {name: {"kind", "weight", "input" | "left" | "right", "geometry",
                                            "transposed"}},
-                         "folded": {BatchNorm: layer}}; it says per site bits, grid and granularity
+                         "folded": {BatchNorm: layer}, "split": {Linear: outlier channels}, where there are
+                         some}; it says per site bits, grid and granularity
 
 Nothing in them is executable: a built-in model is rebuilt by name from a fixed table (a name of the form
 module:factory is refused, and so are paths), any other is loaded `into` a model that the user made. The
@@ -30,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitsmith.errors import BitsmithError, FormatError
+from bitsmith.errors import BitsmithError, FormatError, SiteError
 from bitsmith.files import load_tensors, read_json, save_tensors, write_atomic
 from bitsmith.numerics.blocks import GRANULARITIES, group_count
 from bitsmith.numerics.grid import GRIDS, TABLES
@@ -54,6 +55,7 @@ from bitsmith.quantization.integer_layers import (
 )
 from bitsmith.quantization.integer_products import run_on_kernels
 from bitsmith.quantization.layers import MatMul
+from bitsmith.quantization.outliers import split_as, splits_of
 from bitsmith.tasks.hollow import build_hollow
 from bitsmith.tasks.models import MODELS, NOT_STRUCTURE
 
@@ -82,6 +84,7 @@ def save(packed: nn.Module, directory: str | os.PathLike[str]) -> Path:
         "model": getattr(packed, "bitsmith_model", None),
         "layers": {name: _describe(name, layer, layers) for name, layer in layers.items()},
         "folded": {name: m.into for name, m in packed.named_modules() if isinstance(m, Folded)},
+        **({"split": splits} if (splits := splits_of(packed)) else {}),
     }
     write_stored(directory, (json.dumps(config, indent=1) + "\n").encode(), stored_tensors(packed))
     return Path(directory)
@@ -120,8 +123,9 @@ def load(
     config, tensors = read_stored(where)
     skeleton = _built_in(config, where) if into is None else into
     try:
+        skeleton = split_as(skeleton, config.get("split", {}))
         loaded = _assemble(skeleton, config, tensors, str(where))
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SiteError) as error:
         raise FormatError(f"this model cannot be put together ({_short(error)})", where=str(where)) from None
     if kernels:
         run_on_kernels(loaded)

@@ -18,6 +18,7 @@ from bitsmith.errors import FormatError
 from bitsmith.export import native, onnx
 from bitsmith.export.readers import StoredSite, read_native, read_onnx
 from bitsmith.export.ties import probe, values_of
+from bitsmith.kernels.choose import best
 from bitsmith.quantization.quantizer import sites
 
 
@@ -26,7 +27,8 @@ class Opened:
     """An exported file in its runtime.
 
     stored: what independent readers found in it. predict: its output. probe: outputs of the quantized layers
-    by layer, quantized activations by site. predict_default: its output under the runtime's own options.
+    by layer, quantized activations by site. predict_default: its output as it runs by default, without the
+    options that keep it exact or let it be looked into; ``default`` says how that is.
     """
 
     runtime: str
@@ -36,7 +38,8 @@ class Opened:
     predict: Callable[[Tensor], Tensor]
     probe: Callable[[Tensor], dict[str, Tensor]]
     options: dict[str, str]
-    predict_default: Callable[[Tensor], Tensor] | None = None
+    predict_default: Callable[[Tensor], Tensor]
+    default: str
 
 
 @torch.no_grad()
@@ -49,6 +52,7 @@ def open_native(path: Path, trained: nn.Module) -> Opened:
     """A native folder, multiplying floats as the trained model does, so that every activation can be seen."""
     # A model that is not built in is loaded into one of its architecture: the trained one is one.
     into = None if hasattr(trained, "bitsmith_model") else copy.deepcopy(trained)
+    fast = native.load(path, into=copy.deepcopy(into))
     loaded = native.load(path, into=into, kernels=False)
 
     def look(x: Tensor) -> dict[str, Tensor]:
@@ -63,6 +67,8 @@ def open_native(path: Path, trained: nn.Module) -> Opened:
         predict=lambda x: outputs_of(loaded, x),
         probe=look,
         options={"kernels": "off"},
+        predict_default=lambda x: outputs_of(fast, x),
+        default=f"integer products ({best().name})",
     )
 
 
@@ -87,6 +93,7 @@ def open_onnx(path: Path, trained: nn.Module) -> Opened:
         ),
         options={"graph_optimization_level": "all", **onnx.CURES},
         predict_default=lambda x: onnx.run(onnx.session(path, cures=False), x)[0],
+        default="the runtime's default options",
     )
 
 

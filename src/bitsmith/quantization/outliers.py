@@ -6,7 +6,8 @@ One such channel stretches the range of the whole input, so that at few bits the
     y = outliers(x[chosen]) + rest(x[others])
 
 Then each is quantized like any layer: an override keeps `*.outliers.*` at 8 bits, and cost, plan, finalize
-and every export hold the parts for what they are.
+and every export hold the parts for what they are. A native file says which layers are split, and where
+(`splits_of`), so that it loads into the model as it was before (`split_as`).
 
 Differences from LLM.int8 (2208.07339). Channels are chosen once, by data, so that a file can hold them; and
 they stay integers. A rotation (QuaRot and its kin) would need no choice, but costs a float product in front
@@ -15,15 +16,16 @@ of the layer, dearer in bit operations than the layer itself at 4 bits.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bitsmith.errors import check_value, matching
+from bitsmith.errors import SiteError, check_value, matching
 from bitsmith.quantization.layers import in_eval_mode
 
 
@@ -74,22 +76,69 @@ def split_outliers(
 
     Raises SiteError for a glob that matches no Linear, SchemeError for numbers out of range.
     """
-    check_value("split_outliers.share", share, 0 < share < 1, "a share of the channels between 0 and 1")
-    check_value("split_outliers.above", above, above >= 1, "a ratio of at least 1")
+    check_options(share, above)
     uses = Counter(id(m.weight) for m in model.modules() if isinstance(getattr(m, "weight", None), Tensor))
-    found = {name: m for name, m in model.named_modules() if type(m) is nn.Linear and name}
-    named = matching("split_outliers.layers", layers, found, "Linear layer") if layers else list(found)
-    wanted = {name: found[name] for name in named if uses[id(found[name].weight)] == 1}
+    found = linear_layers(model, layers)
+    wanted = {name: layer for name, layer in found.items() if uses[id(layer.weight)] == 1}
     split = {}
     for name, largest in _largest(model, wanted, batches).items():
         most = max(1, math.floor(share * len(largest)))
         top = largest.topk(min(most, len(largest) - 1)).indices
         chosen = top[largest[top] > above * largest.median()].sort().values.tolist()
         if chosen:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, SplitLinear(wanted[name], chosen))
             split[name] = chosen
+    _split(model, split)
     return split
+
+
+def check_options(share: float, above: float) -> None:
+    """Raises SchemeError for numbers out of range."""
+    check_value("split_outliers.share", share, 0 < share < 1, "a share of the channels between 0 and 1")
+    check_value("split_outliers.above", above, above >= 1, "a ratio of at least 1")
+
+
+def linear_layers(model: nn.Module, layers: Sequence[str] | None = None) -> dict[str, nn.Linear]:
+    """The Linear layers that could be split, or those of them that globs name. Raises SiteError for a glob
+    that matches none."""
+    found = {name: m for name, m in model.named_modules() if type(m) is nn.Linear and name}
+    named = matching("outliers.layers", layers, found, "Linear layer") if layers else list(found)
+    return {name: found[name] for name in named}
+
+
+def splits_of(model: nn.Module) -> dict[str, list[int]]:
+    """Layer -> channels of a model that was split, prepared and packed ones as well."""
+    return {name: m.chosen.tolist() for name, m in model.named_modules() if isinstance(m, SplitLinear)}
+
+
+def split_as(model: nn.Module, splits: Mapping[str, Sequence[int]]) -> nn.Module:
+    """A copy of ``model`` with the layers split that `splits_of` another said; itself where that is none. One
+    that is split already stays. Raises SiteError for what is no Linear, or has no such channels."""
+    if not splits:
+        return model
+    made, layers = copy.deepcopy(model), dict(model.named_modules())
+    wanted = {
+        name: list(chosen) for name, chosen in splits.items() if type(layers.get(name)) is not SplitLinear
+    }
+    for name, chosen in wanted.items():
+        layer = layers.get(name)
+        fits = type(layer) is nn.Linear and name and set(chosen) < set(range(layer.in_features))
+        if not (fits and chosen):
+            raise SiteError(
+                "this layer cannot be split there",
+                where=name,
+                got=f"{type(layer).__name__}, channels {chosen[:8]}",
+                expected="a Linear, and some of its inputs",
+            )
+    _split(made, wanted)
+    return made
+
+
+def _split(model: nn.Module, splits: Mapping[str, Sequence[int]]) -> None:
+    for name, chosen in splits.items():
+        parent, _, child = name.rpartition(".")
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        setattr(model.get_submodule(parent), child, SplitLinear(layer, chosen))
 
 
 def _largest(model: nn.Module, layers: dict[str, nn.Linear], batches: Iterable[Any]) -> dict[str, Tensor]:

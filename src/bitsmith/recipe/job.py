@@ -30,7 +30,7 @@ from bitsmith.quantization import (
     prepare,
     reestimate_batchnorm,
 )
-from bitsmith.recipe import competition, rounding
+from bitsmith.recipe import competition, outliers, rounding
 from bitsmith.recipe.deliver import deliver
 from bitsmith.recipe.directory import load_stage, open_run, save_stage, stage_path
 from bitsmith.recipe.limits import search_options
@@ -95,6 +95,7 @@ def _run(
     start_values: Mapping[str, Tensor] | None,
 ) -> dict[str, Any]:
     # A wrong glob or an idle layer is found out now, and not when the float model is trained.
+    outliers.check(recipe, model)
     trial = copy.deepcopy(model)
     quantize(recipe, trial, data.limited(CHECK_SAMPLES))
     rounding.check(recipe, trial, model, data)
@@ -102,6 +103,7 @@ def _run(
     history: History = {}
     seconds: dict[str, float] = {}
     history["float"], seconds["float"] = train_float(recipe, model, data, out, tell)
+    outliers.split(recipe, model, data, out)
     float_model = copy.deepcopy(model).eval()
 
     tell(Event("post_training", 0))
@@ -224,7 +226,9 @@ def prepare_sites(
             model,
             spec.weights,
             spec.activations,
-            overrides=spec.overrides | (_planned(plan) if plan is not None else {}),
+            overrides=spec.overrides
+            | outliers.overrides(recipe, model)
+            | (_planned(plan) if plan is not None else {}),
             target=recipe.target,
             first_last_bits=spec.first_last_bits,
             check_pairs=check_pairs and search_options(recipe) is None,

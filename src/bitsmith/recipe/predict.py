@@ -18,7 +18,7 @@ from torch import nn
 
 from bitsmith.quantization import measure, plan_of
 from bitsmith.quantization.coverage import coverage
-from bitsmith.recipe import competition
+from bitsmith.recipe import competition, outliers, rounding
 from bitsmith.recipe.job import quantize, read_inputs
 from bitsmith.recipe.schema import Recipe
 from bitsmith.recipe.threads import enough_threads
@@ -37,11 +37,13 @@ def predict(recipe: Recipe) -> dict[str, Any]:
 
 
 def _predict(recipe: Recipe, data: Examples, model: nn.Module) -> dict[str, Any]:
-    teacher = copy.deepcopy(model)
     seconds = {"float": 0.0}
     if recipe.float_train is not None:
         seconds["float"] = _seconds(copy.deepcopy(model), data, recipe.float_train)
+    outliers.split(recipe, model, data)
+    teacher = copy.deepcopy(model)
     covered, methods = quantize(recipe, model, data)
+    rounding.check(recipe, model, teacher, data)
     search = competition.searcher(methods)
     if search is not None:  # shown is the plan that it starts from
         competition.start(search, model, data, recipe.train.seed)

@@ -26,6 +26,7 @@ from bitsmith.recipe.deliver import write_exports
 from bitsmith.recipe.directory import load_stage, stage_path
 from bitsmith.recipe.job import prepare_sites
 from bitsmith.recipe.load import load_recipe
+from bitsmith.recipe.outliers import split_again
 from bitsmith.recipe.schema import EXPORTS, NO_RUNTIME, Flatness, Recipe
 from bitsmith.report import write_flatness_page, write_shift_page
 from bitsmith.tasks import Data, Examples, TextData, build
@@ -369,7 +370,7 @@ def export_run(
 
 def _trained(path: Path, recipe: Recipe, factory: str | None, example: Tensor) -> nn.Module:
     """The model that was delivered as it was trained: quantizers with their estimators, in eval mode."""
-    model = _float_model(path, recipe, factory)
+    model = split_again(recipe, _float_model(path, recipe, factory), path)
     searched = load_stage(path, "winner")
     learned = deciders({name: options for entry in recipe.methods for name, options in entry.items()})
     plan = Plan.load(path / "plan.json") if recipe.plan is not None or searched or learned else None
@@ -393,7 +394,7 @@ def _competitor(path: Path, recipe: Recipe, factory: str | None, example: Tensor
     widths = (metrics.get("uniform") or {}).get("sites")
     if stage is None or widths is None or metrics.get("winner") != "searched":
         return None
-    model = _float_model(path, recipe, factory)
+    model = split_again(recipe, _float_model(path, recipe, factory), path)
     prepare_sites(at_widths(recipe, widths).model_copy(update={"methods": []}), model, None, example)
     model.load_state_dict(stage[0])
     return model.eval()

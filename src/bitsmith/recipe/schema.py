@@ -26,7 +26,8 @@ from pydantic import (
 from pydantic_core.core_schema import ValidationInfo
 
 from bitsmith.errors import BitsmithError, RecipeError, check_value
-from bitsmith.post_training.post_train import check_options
+from bitsmith.post_training.post_train import check_options as check_rounding
+from bitsmith.quantization.outliers import check_options as check_outliers
 from bitsmith.quantization.scheme import Scheme
 from bitsmith.tasks.flatness import RADIUS
 from bitsmith.tasks.shifts import MEASURED
@@ -44,7 +45,7 @@ def _placed(value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationI
     except ValidationError:
         raise
     except BitsmithError as error:
-        inner = error.where.removeprefix("train.").removeprefix("scheme.")
+        inner = error.where.removeprefix("train.").removeprefix("scheme.").removeprefix("split_outliers.")
         raise relocated(error, ".".join(filter(None, (alias(info.field_name), inner)))) from None
 
 
@@ -76,6 +77,20 @@ class Named(Section):
     arguments: dict[str, Any] = Field(default_factory=dict)
 
 
+class Outliers(Section):
+    """Which input channels of Linear layers get a layer of their own, and its width (recipe.outliers)."""
+
+    share: float = 0.01
+    above: float = 4.0
+    layers: list[str] | None = None
+    bits: Annotated[int, Field(ge=1, le=32)] = 8
+
+    @model_validator(mode="after")
+    def _options_are_in_range(self) -> Outliers:
+        check_outliers(self.share, self.above)
+        return self
+
+
 class Quantize(Section):
     """What is quantized and how; `overrides`: glob on site names -> changed fields, the last match wins."""
 
@@ -84,6 +99,7 @@ class Quantize(Section):
     overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
     first_last_bits: Annotated[int, Field(ge=1, le=32)] | None = 8
     calibration_samples: Annotated[int, Field(ge=1)] = 1024
+    outliers: Annotated[Outliers | None, Placed] = None
 
     @model_validator(mode="after")
     def _activations_have_their_grids(self) -> Quantize:
@@ -117,7 +133,7 @@ class PostTraining(Section):
 
     @model_validator(mode="after")
     def _options_are_in_range(self) -> PostTraining:
-        check_options(self.rounding, self.alpha, self.beta, self.damping, self.correction)
+        check_rounding(self.rounding, self.alpha, self.beta, self.damping, self.correction)
         return self
 
     def options(self) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from bitsmith.quantization.candidates import free_sites, site_candidates
 from bitsmith.quantization.knapsack import classes_of
 from bitsmith.quantization.layers import SWAPS_BY_QUANT
 from bitsmith.quantization.sensitivity import after_training, sensitivity, without_quantizers
+from bitsmith.recipe import outliers
 from bitsmith.recipe.baseline import float_model, open_baseline
 from bitsmith.recipe.job import prepare_sites, read_inputs
 from bitsmith.recipe.limits import CANDIDATES, budget_of, search_options, without_search
@@ -119,6 +120,7 @@ class Sites:
     def __init__(self, recipe: Recipe, model: nn.Module, data: Examples, budget: Budget | None) -> None:
         options = search_options(recipe) or {}
         plan = Plan.load(recipe.plan) if recipe.plan is not None else None
+        outliers.split(recipe, model, data)
         # With a budget these widths are only where the plan starts from.
         prepare_sites(without_search(recipe), model, plan, data.example(), check_pairs=budget is None)
         quantizers = sites(model)

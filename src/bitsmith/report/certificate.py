@@ -84,10 +84,13 @@ def _remarks(entry: Mapping[str, Any]) -> Iterator[str]:
         yield f"The trained codes lie in wider containers, where the format has none of their width: {named}."
     default = entry.get("default_options")
     if isinstance(default, dict) and isinstance(default.get("holds"), bool):
+        where = f"With {default.get('options', 'the runtime default')}"
+        rows = default.get("rows_within_tolerance")
+        share = f", and {100 * rows:.4g}\u202f% of the outputs" if is_number(rows) else ""
         yield (
-            "With the runtime's default options the outputs hold, too."
+            f"{where} the predictions hold, too{share}."
             if default["holds"]
-            else "With the runtime's default options the outputs do NOT hold: set the options above."
+            else f"{where} the predictions do NOT hold: set the options above."
         )
 
 
