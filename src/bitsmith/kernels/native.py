@@ -76,6 +76,8 @@ class Native:
                 "update": (None, "ppiiiii"),
                 "move": (None, "pppppiiifffiiiiiiipi"),
                 "rows": (None, "ppiip"),
+                "stochastic": (None, "ppiiiiffppi"),
+                "aim": (None, "ppppppiiiffppi"),
             }
             kinds = {"p": c_void_p, "i": c_int64, "f": c_float}
             self._c: dict[str, Any] = {}
@@ -110,15 +112,15 @@ class Native:
         data = torch.empty(self._c["packed_bytes"](n, k, size, bits), dtype=torch.uint8)
         sums = torch.zeros(-(-n // 16), max(1, -(-k // size)), 16, dtype=torch.int32)
         self._c["pack"](
-            _pointer(codes, torch.uint8, torch.int8),
+            pointer(codes, torch.uint8, torch.int8),
             *codes.stride(),
             n,
             k,
             size,
             bits,
             flip,
-            _pointer(data),
-            _pointer(sums),
+            pointer(data),
+            pointer(sums),
             torch.get_num_threads(),
         )
         plain = sums.permute(0, 2, 1).reshape(-1, sums.shape[1])[:n]
@@ -131,7 +133,7 @@ class Native:
         """The codes from 0: uint8 (n, k)."""
         codes = torch.empty(weight.shape, dtype=torch.uint8)
         n, k = weight.shape
-        self._c["unpack"](_pointer(weight.data), n, k, weight.group_size, weight.bits, _pointer(codes))
+        self._c["unpack"](pointer(weight.data), n, k, weight.group_size, weight.bits, pointer(codes))
         return codes
 
     def decode(self, stream: Tensor, bits: int, count: int, start: int = 0) -> Tensor:
@@ -140,14 +142,14 @@ class Native:
         if not 0 <= start + bits * count <= 8 * stream.numel():
             raise ValueError(f"{count} codes of {bits} bits from bit {start} leave {stream.numel()} bytes")
         codes = torch.empty(count, dtype=torch.uint8)
-        self._c["decode"](_pointer(stream, torch.uint8), stream.numel(), start, bits, count, _pointer(codes))
+        self._c["decode"](pointer(stream, torch.uint8), stream.numel(), start, bits, count, pointer(codes))
         return codes
 
     def encode(self, codes: Tensor, bits: int) -> Tensor:
         """The inverse: codes (count,) from 0, uint8, known to fit, as a dense bit stream of whole bytes."""
         stream = torch.empty((len(codes) * bits + 7) // 8, dtype=torch.uint8)
         given = codes.contiguous()
-        self._c["encode"](_pointer(given, torch.uint8), len(codes), bits, _pointer(stream))
+        self._c["encode"](pointer(given, torch.uint8), len(codes), bits, pointer(stream))
         return stream
 
     def sums(self, x: Activations, weight: Weight, out: Tensor | None = None) -> Tensor:
@@ -156,7 +158,7 @@ class Native:
         made = torch.empty(x.shape[0], weight.shape[0], dtype=torch.int32) if out is None else out
         if made.shape != (x.shape[0], weight.shape[0]) or not made.is_contiguous():
             raise ValueError(f"out {tuple(made.shape)} does not hold {(x.shape[0], weight.shape[0])}")
-        _pointer(made, torch.int32)
+        pointer(made, torch.int32)
         return self._product(x, weight, made, None, _SUMS, accumulate=out is not None)
 
     def values(self, x: Activations, weight: Weight, bias: Tensor | None = None) -> Tensor:
@@ -195,7 +197,7 @@ class Native:
             return _without_inputs(x, w, out, bias, to, accumulate)
         p, kept = parameters(w, bias if kind != _SUMS else None)
         p.m = m
-        p.a = _pointer(x.codes, torch.int8, torch.uint8)
+        p.a = pointer(x.codes, torch.int8, torch.uint8)
         p.a_row, p.a_column = (0, 0) if geometry else x.codes.stride()
         p.a_kind = 2 if x.packed else int(x.codes.dtype == torch.uint8)
         p.a_low = x.packed[1] if x.packed else 0
@@ -213,7 +215,7 @@ class Native:
         if geometry is not None:
             image = _Image(*geometry.numbers())
             p.picture = ctypes.addressof(image)
-        p.out_kind, p.accumulate, p.out, p.out_row = kind, accumulate, _pointer(out), out.stride(0)
+        p.out_kind, p.accumulate, p.out, p.out_row = kind, accumulate, pointer(out), out.stride(0)
         if to is not None:
             p.out_scale, p.out_half, p.out_zero = to.scale, to.half, to.zero_point
             p.out_low, p.out_high = to.low, to.high
@@ -240,7 +242,7 @@ class Native:
         made = torch.empty(count, geometry.inputs, dtype=image.dtype)
         numbers = _Image(*geometry.numbers())
         self._c["rows"](
-            ctypes.addressof(numbers), _pointer(image, torch.int8, torch.uint8), first, count, _pointer(made)
+            ctypes.addressof(numbers), pointer(image, torch.int8, torch.uint8), first, count, pointer(made)
         )
         return made
 
@@ -264,18 +266,18 @@ class Native:
         scales = torch.empty(m) if scale is None else scale.float().reshape(1).contiguous()
         zeros = torch.full((m if dynamic else 1,), zero_point, dtype=torch.int32)
         self._c["quantize"](
-            _pointer(values),
+            pointer(values),
             m,
             k,
             dynamic,
             asymmetric,
-            _pointer(scales),
-            _pointer(zeros),
+            pointer(scales),
+            pointer(zeros),
             low,
             high,
             half,
             SMALLEST_STEP,
-            _pointer(codes),
+            pointer(codes),
             torch.get_num_threads(),
         )
         return Activations(codes, zeros if dynamic and asymmetric else zero_point, scales)
@@ -285,8 +287,8 @@ class Native:
         if codes.shape != step.shape or not (codes.is_contiguous() and step.is_contiguous()):
             raise ValueError("codes and step must have one shape and be contiguous")
         self._c["update"](
-            _pointer(codes, torch.int8),
-            _pointer(step, torch.float32),
+            pointer(codes, torch.int8),
+            pointer(step, torch.float32),
             codes.numel(),
             seed,
             low,
@@ -314,11 +316,11 @@ class Native:
             raise ValueError("codes, step and state must have one shape and be contiguous")
         counts = torch.zeros(2, dtype=torch.int64)
         self._c["move"](
-            _pointer(codes, torch.int8),
-            None if m is None else _pointer(m, torch.int8),
-            None if scale is None else _pointer(scale, torch.bfloat16),
-            None if residual is None else _pointer(residual, torch.int8),
-            _pointer(d, torch.float32),
+            pointer(codes, torch.int8),
+            None if m is None else pointer(m, torch.int8),
+            None if scale is None else pointer(scale, torch.bfloat16),
+            None if residual is None else pointer(residual, torch.int8),
+            pointer(d, torch.float32),
             r,
             k,
             step.block,
@@ -330,7 +332,7 @@ class Native:
             step.clip,
             step.nearest,
             *step.seeds,
-            _pointer(counts),
+            pointer(counts),
             torch.get_num_threads(),
         )
         return int(counts[0]), int(counts[1])
@@ -339,7 +341,7 @@ class Native:
 def parameters(w: Weight, bias: Tensor | None) -> tuple[Product, list[Tensor]]:
     """A product with all that a weight gives to it, and the memory that it reads."""
     (n, k), kept = w.shape, [w.data]
-    p = Product(n=n, k=k, group=w.group_size, w=_pointer(w.data), bits=w.bits, factor=w.factor, low=w.low)
+    p = Product(n=n, k=k, group=w.group_size, w=pointer(w.data), bits=w.bits, factor=w.factor, low=w.low)
     each = -(-n // 16) * w.groups * 16
     p.offset = _parameter(w.offset, torch.int32, each, kept)
     p.scale = _parameter(w.scale, torch.float32, each, kept)
@@ -357,7 +359,8 @@ def _parameter(values: Tensor | None, dtype: torch.dtype, count: int, kept: list
     return kept[-1].data_ptr()
 
 
-def _pointer(tensor: Tensor, *dtypes: torch.dtype) -> int:
+def pointer(tensor: Tensor, *dtypes: torch.dtype) -> int:
+    """The address of a tensor on the CPU, of one of these dtypes."""
     if tensor.device.type != "cpu":
         raise ValueError(f"the kernels run on the CPU, got a tensor on {tensor.device}")
     if dtypes and tensor.dtype not in dtypes:

@@ -25,7 +25,7 @@ from bitsmith.errors import check_value
 from bitsmith.kernels.choose import best
 from bitsmith.numerics.rounding import mix
 from bitsmith.optim import blocks
-from bitsmith.optim.optimizer import IntegerOptimizer
+from bitsmith.optim.optimizer import Direction, IntegerOptimizer
 from bitsmith.optim.state import FIRST, WeightState
 from bitsmith.quantization.integer_codes import matrix_shape
 from bitsmith.quantization.integer_layers import PackedWeight
@@ -36,8 +36,8 @@ class IntegerSGD(IntegerOptimizer):
 
     normalised = False
 
-    def _direction(self, state: WeightState, at: slice | Tensor, g: Tensor, seed: int) -> Tensor:
-        return g
+    def _direction(self, state: WeightState, at: slice | Tensor, g: Tensor, seed: int) -> Direction:
+        return g, None, None
 
 
 class IntegerSign(IntegerOptimizer):
@@ -54,13 +54,13 @@ class IntegerSign(IntegerOptimizer):
         state.first, state.first_scale = blocks.zeros(*matrix_shape(weight), self.rule.block)
         return state
 
-    def _direction(self, state: WeightState, at: slice | Tensor, g: Tensor, seed: int) -> Tensor:
+    def _direction(self, state: WeightState, at: slice | Tensor, g: Tensor, seed: int) -> Direction:
         assert state.first is not None
         assert state.first_scale is not None
         m, b = blocks.read(state.first[at], state.first_scale[at], self.rule.block), self.momentum
         m.mul_(b).add_(g, alpha=1 - b)
         state.first[at], state.first_scale[at] = blocks.write(m, self.rule.block, mix(seed, FIRST), best())
-        return m.sign_()
+        return m.sign_(), None, None
 
 
 class IntegerAdam(IntegerOptimizer):
@@ -87,12 +87,13 @@ class IntegerAdam(IntegerOptimizer):
         seed: int = 0,
         float_optimizer: torch.optim.Optimizer | bool = True,
     ) -> None:
-        """second: b of the second moments; eps: below the root; clip: the largest root mean square of a row's
+        """second: b of the second moments; eps: added to both; clip: the largest root mean square of a row's
         normalised gradient."""
         check_value("IntegerAdam.second", second, 0 <= second < 1, "0 to below 1")
         check_value("IntegerAdam.clip", clip, clip > 0, "a number above 0")
         self.second, self.eps, self.clip = second, eps, clip
         self._columns: Tensor | None = None
+        self._profile = torch.ones(0)  # C / mean C of the weight at hand
         super().__init__(
             model,
             lr,
@@ -116,21 +117,21 @@ class IntegerAdam(IntegerOptimizer):
         state.row_squares, state.column_squares = torch.zeros(rows), torch.zeros(inputs)
         return state
 
-    def _direction(self, state: WeightState, at: slice | Tensor, g: Tensor, seed: int) -> Tensor:
+    def _direction(self, state: WeightState, at: slice | Tensor, g: Tensor, seed: int) -> Direction:
         assert state.row_squares is not None
         assert state.column_squares is not None
         squares = g.square()
         fresh, old = squares.mean(1), state.row_squares[at]
         rows = torch.where(old > 0, old.lerp(fresh, 1 - self.second), fresh)
         state.row_squares[at] = rows
-        total = squares.sum(0)
-        self._columns = total if self._columns is None else self._columns.add_(total)
-        columns = state.column_squares
-        mean = columns.mean()
-        profile = columns / mean if float(mean) > 0 else torch.ones_like(columns)
-        u = g / (rows[:, None] * profile + self.eps).sqrt()
-        size = u.square().mean(1, keepdim=True).sqrt()
-        return u / (size / self.clip).clamp(min=1.0)
+        if self._columns is None:  # the first rows of this weight
+            mean = state.column_squares.mean()
+            self._profile = (state.column_squares + self.eps) / (mean + self.eps)
+            self._columns = torch.zeros(g.shape[1])
+        self._columns += squares.sum(0)
+        rows = rows + self.eps
+        size = ((squares @ self._profile.reciprocal()) / (rows * g.shape[1])).sqrt()
+        return g, rows.rsqrt() / (size / self.clip).clamp(min=1.0), self._profile.rsqrt()
 
     def _taken(self, state: WeightState, rows: int) -> None:
         assert state.column_squares is not None

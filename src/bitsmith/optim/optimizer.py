@@ -31,6 +31,7 @@ from bitsmith.quantization.integer_training import int_layers
 
 SCALES = ("learned", "refit", "fixed")
 MOMENTUM = 0.9
+Direction = tuple[Tensor, Tensor | None, Tensor | None]
 VERSION = 1
 
 
@@ -196,12 +197,13 @@ class IntegerOptimizer(torch.optim.Optimizer):
             stop = min(start + rows_at_once(inputs), count)
             at = slice(start, stop) if gradient.rows is None else gradient.rows[start:stop]
             seed = mix(self.seed, self.steps, number, start)
-            direction = self._direction(state, at, gradient.block(start, stop), seed)
-            take_step(weight, state, at, direction, self.lr, self.rule, seed, backend)
+            g, by_row, by_column = self._direction(state, at, gradient.block(start, stop), seed)
+            take_step(weight, state, at, g, self.lr, self.rule, seed, backend, by_row, by_column)
         self._taken(state, count)
 
-    def _direction(self, state: WeightState, at: slice | Tensor, g: Tensor, seed: int) -> Tensor:
-        """What a gradient (r, inputs) asks for, before the learning rate."""
+    def _direction(self, state: WeightState, at: slice | Tensor, g: Tensor, seed: int) -> Direction:
+        """What a gradient (r, inputs) asks for, before the learning rate: values, and factors of rows (r,)
+        and of columns (inputs,), or None."""
         raise NotImplementedError
 
     def _taken(self, state: WeightState, rows: int) -> None:

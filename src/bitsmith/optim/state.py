@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bitsmith.kernels.choose import Backend
 from bitsmith.kernels.operands import Step
+from bitsmith.kernels.training import aim
 from bitsmith.numerics.affine import quantize
 from bitsmith.numerics.blocks import to_groups
 from bitsmith.numerics.calibrate import calibrate
@@ -32,7 +33,6 @@ from bitsmith.optim import blocks
 from bitsmith.optim.estimators import NEEDS_LATENT, estimated
 from bitsmith.quantization.integer_codes import (
     grid_of,
-    group_sums,
     matrix_shape,
     read_rows,
     scales_of,
@@ -87,27 +87,36 @@ def take_step(
     rule: Rule,
     seed: int,
     backend: Backend,
+    by_row: Tensor | None = None,
+    by_column: Tensor | None = None,
 ) -> None:
-    """Move the codes of rows ``at`` by ``direction`` (r, inputs), in units of the gradient of values: all
-    of it is a function of the state and ``seed``."""
+    """Move the codes of rows ``at`` by ``direction`` (r, inputs), times by_row (r,) and by_column
+    (inputs,), in units of the gradient of values: all of it is a function of the state and ``seed``."""
     _, low, high, half = grid_of(weight)
-    inputs, size = matrix_shape(weight)[1], weight.form.group_size
-    scales, codes, b = scales_of(weight), read_rows(weight, backend, at), rule.momentum
+    scales, size, b = scales_of(weight), weight.form.group_size, rule.momentum
+    codes = read_rows(weight, backend, at)
     ratio = lr / scales[at] if rule.scale_gradients else scales[at] * lr
-    d = direction * spread(ratio, inputs, size)
+    ratio = ratio if by_row is None else ratio * by_row[:, None]
     m = None
     if state.momentum is not None and state.momentum_scale is not None:
         m = (state.momentum[at], state.momentum_scale[at])  # views of a chunk, copies of rows of an index
     r = None if state.residual is None else state.residual[at]
-    if rule.scale_rate or rule.weight_decay:
-        levels = codes + half if half else codes.float()
-        if rule.scale_rate:
-            squares = group_sums(levels * levels, size).clamp(min=1.0)
-            change = group_sums(levels * d, size).div_(squares).mul_(-rule.scale_rate)
-            scales[at] = scales[at] * change.clamp_(-LARGEST_CHANGE, LARGEST_CHANGE).exp_()
-        if rule.weight_decay:
-            d.add_(levels, alpha=lr * rule.weight_decay)
-    if rule.estimator in NEEDS_LATENT:
+    linear = rule.estimator == "piecewise_linear"
+    d, dots, squares = aim(
+        backend,
+        direction,
+        codes,
+        ratio,
+        by_column,
+        group_size=size,
+        half=half,
+        decay=lr * rule.weight_decay,
+        residual=r if linear else None,
+    )
+    if rule.scale_rate:
+        change = dots.div_(squares.clamp_(min=1.0)).mul_(-rule.scale_rate)
+        scales[at] = scales[at] * change.clamp_(-LARGEST_CHANGE, LARGEST_CHANGE).exp_()
+    if rule.estimator in NEEDS_LATENT and not (linear and r is not None):
         momentum = None if m is None else blocks.read(*m, rule.block)
         carried = carried_of(momentum, None if r is None else r.float() / RESIDUAL, b)
         d = estimated(rule.estimator, d, codes, carried, low, high, mix(seed, NOISE), exact=r is not None)

@@ -2,8 +2,8 @@
 
 The stream of `PackedWeight.codes` (numerics.pack) is all that there is of a weight: what a step changes is
 what a file holds. A row is an output channel, flattened. Eight rows always begin and end at a whole byte, so
-that chunks of eight rows are written without a look at their neighbours. Here too: per-group sums and
-spreads.
+that chunks of eight rows are written without a look at their neighbours. Here too: what belongs to groups,
+spread over a row.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from bitsmith.kernels.choose import Backend
 from bitsmith.kernels.operands import Weight
-from bitsmith.numerics.blocks import group_count
 from bitsmith.quantization.integer_layers import PackedWeight
 
 CHUNK = 2**17  # values of a weight that are floats at one moment
@@ -83,16 +82,16 @@ def write_rows(weight: PackedWeight, backend: Backend, at: slice | Tensor, codes
         weight.codes.view(rows, -1)[at] = stream.view(len(at), -1)
 
 
-def operand(weight: PackedWeight, backend: Backend) -> Weight:
-    """The weight as a product of integers reads it, with its scales."""
+def operand(weight: PackedWeight, backend: Backend, start: int = 0, stop: int | None = None) -> Weight:
+    """The weight, or its rows start to stop, as a product of integers reads it, with its scales."""
     bits, low, _, half = grid_of(weight)
     return backend.pack(
-        unsigned_codes(weight, backend),
+        unsigned_codes(weight, backend, start, stop),
         bits,
         group_size=weight.form.group_size,
         offset=low,
         half=half != 0,
-        scale=scales_of(weight),
+        scale=scales_of(weight)[start:stop],
     )
 
 
@@ -101,12 +100,3 @@ def spread(values: Tensor, inputs: int, group_size: int | None) -> Tensor:
     if group_size is None:
         return values
     return values.repeat_interleave(group_size, 1)[:, :inputs]
-
-
-def group_sums(values: Tensor, group_size: int | None) -> Tensor:
-    """(r, inputs) summed over groups: (r, groups)."""
-    if group_size is None:
-        return values.sum(1, keepdim=True)
-    groups = group_count(values.shape[1], group_size)
-    padded = torch.nn.functional.pad(values, (0, groups * group_size - values.shape[1]))
-    return padded.view(len(values), groups, group_size).sum(2)

@@ -23,12 +23,12 @@ from bitsmith.errors import TrainingDiverged
 from bitsmith.kernels.choose import Backend
 from bitsmith.kernels.convolution import MOST_PIXELS, input_gradient, weight_gradient
 from bitsmith.kernels.operands import MOST_INPUTS, Activations, Weight
+from bitsmith.kernels.training import stochastic
 from bitsmith.numerics.hadamard import hadamard_tokens
 from bitsmith.numerics.rounding import mix
 from bitsmith.quantization.integer_codes import grid_of, matrix_shape, scales_of, unsigned_codes
 from bitsmith.quantization.integer_layers import ConvGeometry, PackedWeight
 
-TINY = torch.finfo(torch.float32).tiny
 INPUT, WEIGHT, SIGNS, COLUMNS = range(4)  # what a seed is for
 
 
@@ -41,40 +41,50 @@ class WeightGradient:
     rows: Tensor | None = None
 
 
-def stochastic_codes(x: Tensor, bits: int, seed: int, backend: Backend, where: str = "") -> Activations:
-    """x (m, k) as codes of -(2^(bits-1) - 1) .. 2^(bits-1) - 1 with a scale for each row, so that the
-    expectation over seeds is x. Raises TrainingDiverged where x is not finite."""
-    high = 2 ** (bits - 1) - 1
-    largest = x.abs().amax(1) if x.shape[1] else x.new_zeros(len(x))
-    if not bool(torch.isfinite(largest).all()):
+def stochastic_codes(
+    x: Tensor,
+    bits: int,
+    seed: int,
+    backend: Backend,
+    where: str = "",
+    factor: Tensor | None = None,
+    *,
+    by_column: bool = False,
+) -> Activations:
+    """x (m, k) times ``factor`` (k,) as codes of -(2^(bits-1) - 1) .. 2^(bits-1) - 1 with a scale for each
+    row, so that the expectation over seeds is x; ``by_column``: factor (m,), a scale for each column, and
+    turned: the rows of what comes (k, m) are the columns of x. Raises TrainingDiverged where x is not
+    finite."""
+    codes, scale = stochastic(backend, x, 2 ** (bits - 1) - 1, seed, factor, by_column=by_column)
+    if not bool(torch.isfinite(scale).all()):
         raise TrainingDiverged(
             "the gradient is not finite", where=where, remedy="Lower the learning rate, or go back a step"
         )
-    scale = (largest / high).clamp(min=TINY)
-    codes = torch.zeros(x.shape, dtype=torch.int8)
-    backend.update(codes, (x / -scale[:, None]).contiguous(), seed, -high, high)
     return Activations(codes, 0, scale)
 
 
 def linear_input_gradient(
-    g: Tensor, weight: PackedWeight, bits: int, seed: int, backend: Backend, where: str
+    g: Tensor, weight: PackedWeight, bits: int, seed: int, backend: Backend, where: str, start: int = 0
 ) -> Tensor:
-    """dX (m, inputs) of g = dY (m, rows), float32."""
+    """dX (m, inputs) of g = dY (m, rows), float32, the rows being those of the weight from ``start`` on, a
+    multiple of eight."""
     width, low, _, half = grid_of(weight)
-    rows, inputs = matrix_shape(weight)
-    scales, size = scales_of(weight), weight.form.group_size or inputs
-    codes, made = unsigned_codes(weight, backend), g.new_zeros(len(g), inputs)
+    rows, inputs = g.shape[1], matrix_shape(weight)[1]
+    scales, size = scales_of(weight)[start : start + rows], weight.form.group_size or inputs
+    codes = unsigned_codes(weight, backend, start, start + rows)
+    whole = rows <= MOST_INPUTS and scales.shape[1] == 1
+    made = g.new_empty(0) if whole else g.new_zeros(len(g), inputs)
     for piece, first in enumerate(range(0, rows, MOST_INPUTS)):  # no sum of 32 bits may wrap
         part = slice(first, first + MOST_INPUTS)
         for group in range(scales.shape[1]):
             columns = slice(group * size, (group + 1) * size)
-            folded = g[:, part] * scales[part, group]
-            x = stochastic_codes(folded, bits, mix(seed, INPUT, piece, group), backend, where)
+            key = mix(seed, INPUT, piece, group)
+            x = stochastic_codes(g[:, part], bits, key, backend, where, scales[part, group])
             turned = codes[part, columns].t()
             ones = torch.ones(len(turned), 1)
             operand = backend.pack(turned, width, offset=low, half=half != 0, scale=ones)
             found = backend.values(x, operand)
-            if rows <= MOST_INPUTS and scales.shape[1] == 1:
+            if whole:
                 return found
             made[:, columns] += found
     return made
@@ -93,11 +103,11 @@ def linear_weight_gradient(
     """dW of g = dY (m, rows) and the codes x (m, inputs), ``grid``: (their width, the lowest), with their
     scales (m,) or (1,). ``hadamard``: both operands transformed over tokens, and quantized after it."""
     assert x.row_scale is not None
-    folded = g * x.row_scale.reshape(-1, 1)
+    factor: Tensor | None = x.row_scale.reshape(-1).expand(len(g))
     zero = x.zero_point
     if hadamard:
         signs = mix(seed, SIGNS)
-        folded = hadamard_tokens(folded, signs)
+        g, factor = hadamard_tokens(g * x.row_scale.reshape(-1, 1), signs), None
         offsets = zero.reshape(-1, 1) if isinstance(zero, Tensor) else zero
         columns = hadamard_tokens(x.codes.float() - offsets, signs).t().contiguous()
         other = stochastic_codes(columns, bits, mix(seed, COLUMNS), backend, where)
@@ -106,7 +116,7 @@ def linear_weight_gradient(
         grid = (8, -128)
     else:
         codes, step = x.codes, torch.ones(x.shape[1], 1)
-    d = stochastic_codes(folded.t().contiguous(), bits, mix(seed, WEIGHT), backend, where)
+    d = stochastic_codes(g, bits, mix(seed, WEIGHT), backend, where, factor, by_column=True)
     assert d.row_scale is not None
     scale: Tensor = d.row_scale
     pieces = range(0, d.shape[1], MOST_INPUTS)
@@ -114,10 +124,12 @@ def linear_weight_gradient(
     operands = [_pack_columns(codes[p : p + MOST_INPUTS], grid, moved, step, backend) for p in pieces]
 
     def block(start: int, stop: int) -> Tensor:
-        rows, total = d.codes[start:stop], torch.zeros(stop - start, x.shape[1])
-        for first, operand in zip(pieces, operands, strict=True):
-            part = Activations(rows[:, first : first + MOST_INPUTS], 0, scale[start:stop])
-            total.add_(backend.values(part, operand))
+        rows = d.codes[start:stop]
+        found = [
+            backend.values(Activations(rows[:, first : first + MOST_INPUTS], 0, scale[start:stop]), operand)
+            for first, operand in zip(pieces, operands, strict=True)
+        ]
+        total = found[0] if len(found) == 1 else torch.stack(found).sum(0)
         if isinstance(zero, Tensor):  # sum over t of d (n, t) z (t), the same for all inputs
             total -= (rows.float() @ zero.float() * scale[start:stop])[:, None]
         return total

@@ -18,6 +18,7 @@ from torch import nn
 
 from bitsmith.errors import SiteError
 from bitsmith.kernels.operands import MOST_INPUTS
+from bitsmith.quantization.integer_blocks import save_floats
 from bitsmith.quantization.integer_layers import (
     Form,
     FrozenQuantizer,
@@ -37,6 +38,7 @@ from bitsmith.quantization.integer_prepare import (
     refusal,
     replace_layers,
     report,
+    surroundings,
 )
 from bitsmith.quantization.integer_training import (
     IntConv2d,
@@ -57,6 +59,7 @@ def resume_integer(
     *,
     hadamard: bool = False,
     keep_float: bool | Sequence[str] = False,
+    save_codes: bool = True,
 ) -> IntegerReport:
     """Let a packed model (of `finalize`, `finalize_integer` or `bs.load`) train on, in place, on the codes
     that it has. Ranges of activations stay as stored; a layer without one gets ``activations`` bits per
@@ -64,6 +67,7 @@ def resume_integer(
 
     Products of two activations keep their grids and pass gradients straight through. Float parameters, such
     as those of norms, become trainable again. An embedding's ``padding_idx`` is in no file: that row trains.
+    save_codes: as of `prepare_integer`.
 
     Raises SiteError for a model without packed layers, and for layers that have no integer form (tables of
     levels, weights with zero points or with widths per channel, ranges per group), all of them listed, unless
@@ -107,7 +111,7 @@ def resume_integer(
             if type(quantizer) is FrozenQuantizer:
                 quantizer.__class__ = PassingQuantizer
     model.requires_grad_(True)  # norms and what else is float: packed models are frozen
-    return report(model, tuple(notes))
+    return report(model, (*notes, *(surroundings(model) if save_codes else ())))
 
 
 @torch.no_grad()
@@ -132,6 +136,7 @@ def finalize_integer(model: nn.Module) -> nn.Module:
     for module in packed.modules():
         if isinstance(module, PassingQuantizer):
             module.__class__ = FrozenQuantizer  # type: ignore[assignment]
+    save_floats(packed)
     return packed.requires_grad_(False).eval()
 
 

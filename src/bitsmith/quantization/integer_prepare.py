@@ -20,6 +20,7 @@ from bitsmith.numerics.affine import quantize
 from bitsmith.numerics.blocks import Granularity, from_groups, to_groups
 from bitsmith.numerics.calibrate import METHODS, calibrate
 from bitsmith.numerics.grid import Grid, bounds
+from bitsmith.quantization import integer_blocks
 from bitsmith.quantization.integer_codes import rows_at_once
 from bitsmith.quantization.integer_layers import (
     ConvGeometry,
@@ -73,6 +74,7 @@ def prepare_integer(
     first_last_bits: int | None = FIRST_LAST_BITS,
     overrides: Mapping[str, Mapping[str, int]] | None = None,
     keep_float: bool | Sequence[str] = False,
+    save_codes: bool = True,
     example: Any = None,
 ) -> IntegerReport:
     """Swap Linear, Conv2d and Embedding for layers that train on integers, in place; their float weights are
@@ -87,7 +89,8 @@ def prepare_integer(
     "activations", "gradients"}, the last match wins.
 
     keep_float: True, or globs on parameter names, for parameters of two axes or more that have no integer
-    form. Without, they are refused, all of them listed.
+    form. Without, they are refused, all of them listed. save_codes: what surrounds the layers keeps codes for
+    backward, too (integer_blocks), where it is known.
 
     Raises SiteError, SchemeError; the model is then as it was.
     """
@@ -125,7 +128,13 @@ def prepare_integer(
             range_grid = "asymmetric"
         made[id(layer)] = _make(layer, name, packed[seen], bits, range_grid, hadamard)
     replace_layers(model, made)
-    return report(model)
+    return report(model, surroundings(model) if save_codes else ())
+
+
+def surroundings(model: nn.Module) -> tuple[str, ...]:
+    """Let what surrounds the layers keep codes; a note of how much it is, for a report."""
+    changed = integer_blocks.save_codes(model)
+    return (f"  {len(changed)} modules around the layers keep codes for backward",) if changed else ()
 
 
 def check_widths(weights: int, activations: int, gradients: int, where: str = "") -> None:

@@ -176,11 +176,11 @@ def int_layers(model: nn.Module) -> dict[str, IntLayer]:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, anchor: Tensor | None, layer: IntLinear) -> Tensor:
-        backend, rows = best(), x.reshape(-1, layer.in_features)
-        codes = _encode(layer.input, rows, backend)
+        backend = best()
+        codes, kept = codes_of(x, layer.input, backend)
         y = backend.values(codes, operand(layer.weight, backend), bias)
         ctx.layer, ctx.shape = layer, x.shape
-        _keep(ctx, codes, layer.input)
+        keep(ctx, codes, kept)
         return y.view(*x.shape[:-1], layer.out_features)
 
     @staticmethod
@@ -188,14 +188,14 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         layer, backend = ctx.layer, best()
         g = dy.reshape(-1, layer.out_features).float()
-        x = _kept(ctx, layer.input, (len(g), layer.in_features))
+        x = kept_codes(ctx, layer.input, (len(g), layer.in_features))
         settings = (layer.gradients, layer.seed, backend, layer.name)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = linear_input_gradient(g, layer.weight, *settings)
-            dx = _inside(dx, x.codes, layer.input).view(ctx.shape)
+            dx = inside(dx, x.codes, layer.input).view(ctx.shape)
         if layer.trainable:
-            grid = _grid(layer.input)
+            grid = range_of(layer.input)
             layer._give(linear_weight_gradient(g, x, grid[:2], settings[0], layer.hadamard, *settings[1:]))
         return dx, g.sum(0) if ctx.needs_input_grad[1] else None, None, None
 
@@ -226,7 +226,7 @@ class _Conv2d(torch.autograd.Function):
         stride, dilation = (g.stride[0], g.stride[1]), (g.dilation[0], g.dilation[1])
         y = convolve(backend, operand, filters, kernel, stride, padding, dilation, bias)
         ctx.layer, ctx.shape = layer, x.shape
-        _keep(ctx, found, layer.input)
+        keep(ctx, found, _narrow(found, layer.input))
         return y.contiguous()
 
     @staticmethod
@@ -234,14 +234,14 @@ class _Conv2d(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         layer, backend, shape = ctx.layer, best(), ctx.shape
         g, weight, geometry = dy.float(), layer.weight, layer.geometry
-        found = _kept(ctx, layer.input, (len(g), shape[1] * shape[2] * shape[3]))
+        found = kept_codes(ctx, layer.input, (len(g), shape[1] * shape[2] * shape[3]))
         x = Activations(found.codes.view(shape), found.zero_point, found.row_scale)
         settings = (layer.gradients, layer.seed, backend, layer.name)
         dx = None
         if ctx.needs_input_grad[0]:
             size = (shape[2], shape[3])
             dx = conv_input_gradient(g, weight, geometry, layer.padding, size, *settings)
-            dx = _inside(dx, x.codes, layer.input)
+            dx = inside(dx, x.codes, layer.input)
         if layer.trainable:
             layer._give(conv_weight_gradient(g, x, weight, geometry, layer.padding, *settings))
         return dx, g.sum((0, 2, 3)) if ctx.needs_input_grad[1] else None, None, None
@@ -270,7 +270,8 @@ class _Embedding(torch.autograd.Function):
         return None, None, None
 
 
-def _grid(quantizer: FrozenQuantizer) -> tuple[int, int, int]:
+def range_of(quantizer: FrozenQuantizer) -> tuple[int, int, int]:
+    """(bits, low, high) of inputs."""
     (bits, (low, high, _), _), *_ = quantizer.form.runs
     return bits, low, high
 
@@ -279,7 +280,7 @@ def _encode(quantizer: FrozenQuantizer, x: Tensor, backend: Backend) -> Activati
     """Codes of x (m, k), a row of which is what has a scale of its own where ranges are dynamic."""
     form = quantizer.form
     if form.dynamic and form.granularity in ("token", "channel"):
-        _, low, high = _grid(quantizer)
+        _, low, high = range_of(quantizer)
         found = backend.quantize(x, low, high, asymmetric=form.grid == "asymmetric")
     else:
         found = activation_codes(quantizer, x, backend)
@@ -291,26 +292,46 @@ def _encode(quantizer: FrozenQuantizer, x: Tensor, backend: Backend) -> Activati
     return Activations(found.codes, found.zero_point, scale)
 
 
-def _keep(ctx: Any, x: Activations, quantizer: FrozenQuantizer) -> None:
-    bits, low, _ = _grid(quantizer)
-    codes = pack_nibbles(x.codes, low) if bits <= NIBBLE else x.codes
+def codes_of(x: Tensor, quantizer: FrozenQuantizer, backend: Backend) -> tuple[Activations, Tensor]:
+    """Codes of the rows of x and what is kept of them: one set for all layers that read this very tensor, of
+    which each would else save its own. What is no result of autograd's may change unseen, and is not
+    asked."""
+    known = getattr(x, "_codes", None)
+    key = (quantizer.form, x._version) if x.grad_fn is not None and quantizer.form.dynamic else None
+    if known is not None and known[0] == key:
+        return known[1], known[2]
+    found = _encode(quantizer, x.reshape(-1, x.shape[-1]), backend)
+    kept = _narrow(found, quantizer)
+    if key is not None:
+        x._codes = (key, found, kept)  # type: ignore[attr-defined]
+    return found, kept
+
+
+def _narrow(x: Activations, quantizer: FrozenQuantizer) -> Tensor:
+    bits, low, _ = range_of(quantizer)
+    return pack_nibbles(x.codes, low) if bits <= NIBBLE else x.codes
+
+
+def keep(ctx: Any, x: Activations, codes: Tensor, *others: Tensor) -> None:
+    """Save for backward what `codes_of` gave, and other tensors."""
     zero = x.zero_point if isinstance(x.zero_point, Tensor) else None
     ctx.zero_point = 0 if isinstance(x.zero_point, Tensor) else x.zero_point
-    ctx.save_for_backward(codes, x.row_scale, zero)
+    ctx.save_for_backward(codes, x.row_scale, zero, *others)
 
 
-def _kept(ctx: Any, quantizer: FrozenQuantizer, shape: tuple[int, int]) -> Activations:
-    codes, scale, zero = ctx.saved_tensors
-    bits, low, _ = _grid(quantizer)
+def kept_codes(ctx: Any, quantizer: FrozenQuantizer, shape: tuple[int, int]) -> Activations:
+    """The codes (m, k) that `keep` has saved."""
+    codes, scale, zero, *_ = ctx.saved_tensors
+    bits, low, _ = range_of(quantizer)
     codes = unpack_nibbles(codes, shape[1], low) if bits <= NIBBLE else codes.view(shape)
     return Activations(codes, ctx.zero_point if zero is None else zero, scale)
 
 
-def _inside(dx: Tensor, codes: Tensor, quantizer: FrozenQuantizer) -> Tensor:
+def inside(dx: Tensor, codes: Tensor, quantizer: FrozenQuantizer) -> Tensor:
     """dX, 0 where a stored range has clipped x; but 0 is the lowest code of what is never negative."""
     if quantizer.form.dynamic:
         return dx
-    _, low, high = _grid(quantizer)
+    _, low, high = range_of(quantizer)
     codes = codes.view(dx.shape)
     clipped = codes == high
     if quantizer.form.grid != "unsigned":

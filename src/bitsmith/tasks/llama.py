@@ -3,12 +3,15 @@
 Pre-norm blocks with RMSNorm, rotary positions (2104.09864) and SwiGLU (2002.05202), no bias anywhere.
 Module names are those of transformers' `LlamaModel` and the rotary halves lie as there, so that weights go
 from one to the other by name (its `model.` prefix taken off). Unlike there, both products of attention are
-`MatMul` modules with sites of their own; keys and values of what was read are held outside of the model, in a
-`Memory` of fixed size that is written to in place.
+`MatMul` modules with sites of their own; keys and values of what was read are held outside of the model, in
+a `Memory` of fixed size that is written to in place. Where ``saves_codes`` is set
+(quantization.integer_blocks), attention is one operation and keeps int8 codes for backward, and so does
+SwiGLU.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitsmith.errors import DataError
+from bitsmith.quantization.integer_blocks import from_codes, swiglu
 from bitsmith.quantization.layers import MatMul
 
 THETA = 10000.0  # of the slowest rotation
@@ -39,6 +43,8 @@ class Memory:
 class Attention(nn.Module):
     """Causal multi-head self-attention with rotary positions; (N, T, width) in and out."""
 
+    saves_codes = False  # while training
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -60,7 +66,11 @@ class Attention(nn.Module):
     ) -> Tensor:
         """cos, sin: (T, width / heads); later: (T, S + T), true where a key comes after its query; past: a
         block of a `Memory` and S, the tokens in it, to which those of x are added."""
-        query, key, value = (self._split(layer(x)) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        read = [layer(x) for layer in (self.q_proj, self.k_proj, self.v_proj)]
+        if self._at_once() and past is None and later is not None:
+            by_head = [y.unflatten(-1, (self.heads, -1)) for y in read]
+            return self.o_proj(from_codes(functools.partial(attend, cos=cos, sin=sin), *by_head).flatten(2))
+        query, key, value = (self._split(y) for y in read)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if past is not None:
             *stores, start = past
@@ -74,9 +84,21 @@ class Attention(nn.Module):
         weights = scores.softmax(-1)
         return self.o_proj(self.context(weights, value).transpose(1, 2).flatten(2))
 
+    def _at_once(self) -> bool:
+        """Nothing looks at scores and context, and memory counts."""
+        plain = type(self.scores) is MatMul and type(self.context) is MatMul
+        return self.saves_codes and plain and torch.is_grad_enabled()
+
     def _split(self, x: Tensor) -> Tensor:
         """(N, T, width) -> (N, heads, T, width / heads)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Causal attention with rotary positions, (N, T, heads, D) in and out."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -95,6 +117,8 @@ def rotary_tables(context: int, size: int) -> tuple[Tensor, Tensor]:
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate x) · up x); (..., width) in and out."""
 
+    saves_codes = False
+
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(width, hidden, bias=False)
@@ -102,7 +126,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(from_codes(swiglu, gate, up) if self.saves_codes else swiglu(gate, up))
 
 
 class Block(nn.Module):

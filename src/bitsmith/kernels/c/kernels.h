@@ -75,6 +75,19 @@ INLINE int32_t word(const void *p) {          /* four bytes, wherever they lie *
     return value;
 }
 
+INLINE float clamped(float x, float low, float high) {
+    x = x > low ? x : low;     /* a NaN becomes low */
+    return x < high ? x : high;
+}
+
+/* Noise in [0, 1) of element i: bitsmith.numerics.rounding.hash_uniform. */
+INLINE float noise(uint32_t seed, uint32_t i) {
+    uint32_t h = i * 2654435761u + seed;
+    h = (h ^ h >> 16) * 2246822507u;
+    h = (h ^ h >> 13) * 3266489909u;
+    return (float)(int32_t)((h ^ h >> 16) >> 8) * 0x1p-24f;
+}
+
 void image_row(const image *p, const uint8_t *from, int64_t row, uint8_t *to);
 void team(void (*work)(void *), void *data, int64_t threads);
 int64_t draw(int64_t *next);                  /* *next++, by several threads */

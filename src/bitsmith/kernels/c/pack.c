@@ -10,43 +10,48 @@ typedef struct {
     int64_t next;
 } packing;
 
-/* One block of 32 inputs x 16 channels: code[input][channel], into planes of 8, 4, 2 and 1 bits. */
-static void write_block(uint8_t code[BLOCK][PANEL], int bits, uint8_t *to) {
-    memset(to, 0, bits * CELL);
+/* A block of 32 inputs x 16 channels as eight cells of a word a channel, four inputs each (the machine is little-endian,
+   or the self-test fails). This is a matter of speed: weights and activations that train are packed in each step. */
+typedef uint32_t cells[8][PANEL];
+
+static void whole_inputs(const uint8_t *from, int64_t row, uint32_t flip, cells to) {   /* that lie side by side */
+    for (int c = 0; c < 8; c++)
+        for (int j = 0; j < PANEL; j++)
+            to[c][j] = (uint32_t)word(from + j * row + 4 * c) ^ flip;
+}
+
+static void whole_channels(const uint8_t *from, int64_t column, uint32_t flip, cells to) {
+    for (int c = 0; c < 8; c++) {
+        const uint8_t *x = from + 4 * c * column;
+        for (int j = 0; j < PANEL; j++)
+            to[c][j] = ((uint32_t)x[j] | (uint32_t)x[j + column] << 8 | (uint32_t)x[j + 2 * column] << 16
+                        | (uint32_t)x[j + 3 * column] << 24) ^ flip;
+    }
+}
+
+static void some(const packing *p, const uint8_t *from, int64_t channels, int64_t inputs, cells to) {
+    memset(to, 0, sizeof(cells));
+    for (int64_t j = 0; j < channels; j++)
+        for (int64_t i = 0; i < inputs; i++)
+            to[i / 4][j] |= (uint32_t)(uint8_t)(from[j * p->row + i * p->column] ^ p->flip) << i % 4 * 8;
+}
+
+/* Planes of 8, 4, 2 and 1 bits, so that one shift and one mask give a cell. */
+static void write_block(cells code, int bits, uint8_t *to) {
     int at = 0;
     for (int plane = 8; plane; plane /= 2) {
         if (!(bits & plane))
             continue;
-        int each = 8 / plane, mask = (1 << plane) - 1;   /* cells in a vector */
-        for (int c = 0; c < 8; c++, to += c % each ? 0 : CELL)
-            for (int j = 0; j < PANEL; j++)
-                for (int i = 0; i < 4; i++)
-                    to[4 * j + i] |= (uint8_t)((code[4 * c + i][j] >> at & mask) << (c % each * plane));
+        const int each = 8 / plane;         /* cells in a vector */
+        const uint32_t mask = ((1u << plane) - 1) * 0x01010101u;
+        for (int c = 0; c < 8; c += each, to += CELL) {
+            uint32_t made[PANEL] = {0};
+            for (int e = 0; e < each; e++)
+                for (int j = 0; j < PANEL; j++)
+                    made[j] |= (code[c + e][j] >> at & mask) << e * plane;
+            memcpy(to, made, CELL);
+        }
         at += plane;
-    }
-}
-
-/* Blocks of eight bits are a matter of speed, as weights and activations that train are packed in each step: four
-   inputs of a channel are one word (the machine is little-endian, or the self-test fails). */
-static void write_bytes(uint8_t code[BLOCK][PANEL], uint8_t *to) {
-    for (int c = 0; c < 8; c++, to += CELL) {
-        uint32_t words[PANEL];
-        for (int j = 0; j < PANEL; j++)
-            words[j] = code[4 * c][j] | (uint32_t)code[4 * c + 1][j] << 8 | (uint32_t)code[4 * c + 2][j] << 16
-                       | (uint32_t)code[4 * c + 3][j] << 24;
-        memcpy(to, words, CELL);
-    }
-}
-
-/* The same for inputs that lie side by side already. */
-static void copy_words(const uint8_t *from, int64_t row, uint32_t flip, int32_t *sum, uint8_t *to) {
-    for (int c = 0; c < 8; c++, to += CELL) {
-        uint32_t words[PANEL];
-        for (int j = 0; j < PANEL; j++)
-            words[j] = (uint32_t)word(from + j * row + 4 * c) ^ flip * 0x01010101u;
-        for (int j = 0; j < PANEL; j++)
-            sum[j] += (int32_t)((words[j] & 255) + (words[j] >> 8 & 255) + (words[j] >> 16 & 255) + (words[j] >> 24));
-        memcpy(to, words, CELL);
     }
 }
 
@@ -54,6 +59,7 @@ static void pack_panels(void *data) {
     packing *p = data;
     int64_t groups = maximum(1, (p->k + p->group - 1) / p->group);
     int64_t stored = padded(p->k, p->group);
+    const uint32_t flip = (uint32_t)p->flip * 0x01010101u;
     for (int64_t panel; (panel = draw(&p->next)) * PANEL < p->n;) {
         int64_t channels = minimum(PANEL, p->n - panel * PANEL);
         uint8_t *to = p->to + panel * (stored / BLOCK) * p->bits * CELL;
@@ -61,28 +67,21 @@ static void pack_panels(void *data) {
             int32_t sum[PANEL] = {0};
             int64_t end = minimum((g + 1) * p->group, p->k);
             for (int64_t k = g * p->group; k < end; k += BLOCK, to += p->bits * CELL) {
-                uint8_t code[BLOCK][PANEL] = {{0}};
+                cells code;
                 const uint8_t *from = p->from + panel * PANEL * p->row + k * p->column;
                 int64_t inputs = minimum(BLOCK, end - k);
-                if (p->bits == 8 && p->column == 1 && inputs == BLOCK && channels == PANEL) {
-                    copy_words(from, p->row, (uint32_t)p->flip, sum, to);
-                    continue;
-                }
-                if (p->row == 1 && channels == PANEL)
-                    for (int64_t i = 0; i < inputs; i++)
-                        for (int j = 0; j < PANEL; j++)
-                            code[i][j] = (uint8_t)(from[i * p->column + j] ^ p->flip);
+                const int whole = inputs == BLOCK && channels == PANEL;
+                if (whole && p->column == 1)
+                    whole_inputs(from, p->row, flip, code);
+                else if (whole && p->row == 1)
+                    whole_channels(from, p->column, flip, code);
                 else
-                    for (int64_t j = 0; j < channels; j++)
-                        for (int64_t i = 0; i < inputs; i++)
-                            code[i][j] = (uint8_t)(from[j * p->row + i * p->column] ^ p->flip);
-                for (int64_t i = 0; i < inputs; i++)
+                    some(p, from, channels, inputs, code);
+                for (int c = 0; c < 8; c++)
                     for (int j = 0; j < PANEL; j++)
-                        sum[j] += code[i][j];
-                if (p->bits == 8)
-                    write_bytes(code, to);
-                else
-                    write_block(code, (int)p->bits, to);
+                        sum[j] += (int32_t)((code[c][j] & 255) + (code[c][j] >> 8 & 255) + (code[c][j] >> 16 & 255)
+                                            + (code[c][j] >> 24));
+                write_block(code, (int)p->bits, to);
             }
             memcpy(p->sums + (panel * groups + g) * PANEL, sum, sizeof sum);
         }

@@ -15,11 +15,6 @@ typedef struct {
     int64_t next;
 } quantization;
 
-INLINE float clamped(float x, float low, float high) {
-    x = x > low ? x : low;     /* a NaN becomes low */
-    return x < high ? x : high;
-}
-
 /* The bits of a float as an integer of the same order (and back): the compiler turns a search for the largest integer
    into vectors, of floats it may not. */
 INLINE int32_t ordered(int32_t bits) { return bits ^ (bits >> 31 & 0x7fffffff); }
@@ -78,14 +73,6 @@ typedef struct {
     float low, high;
     int64_t next;
 } updating;
-
-/* Noise in [0, 1) of element i: bitsmith.numerics.rounding.hash_uniform. */
-INLINE float noise(uint32_t seed, uint32_t i) {
-    uint32_t h = i * 2654435761u + seed;
-    h = (h ^ h >> 16) * 2246822507u;
-    h = (h ^ h >> 13) * 3266489909u;
-    return (float)(int32_t)((h ^ h >> 16) >> 8) * 0x1p-24f;
-}
 
 static void update_codes(void *data) {
     updating *p = data;
