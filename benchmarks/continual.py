@@ -9,18 +9,18 @@
            and 8-bit activations, then packed
     vit    the small vision transformer, the same
 
-Then it meets the shifts of WORLDS in that order, each for 5 epochs of 32 images (as many steps for all), on the training
-images as they look under that shift alone. Each has an optimizer and a schedule of its own (warm-up, then a cosine to 0), as
-five calls of `bitsmith adapt` would. Accuracies are those of the test split, clean and under every shift, before and after
-each; shifts of training and of test images are drawn from different seeds. BatchNorm is folded where codes train, and float
-QAT still has it; ranges of activations learn in float QAT, and are as stored in the others.
+Then it meets the shifts of WORLDS in that order, each for 5 epochs (`vit`: 3) in batches of 32, as many steps for all, on
+the training images as they look under that shift alone. Each has an optimizer and a schedule of its own (warm-up, then a
+cosine to 0), as five calls of `bitsmith adapt` would. Accuracies are those of the test split, clean and under every shift,
+before and after each; shifts of training and of test images are drawn from different seeds. BatchNorm is folded where codes
+train, and float QAT still has it; ranges of activations learn in float QAT, and are as stored in the others.
 
 `replay` keeps a tenth as many images as the training split has, in bytes, shared evenly by clean images and the shifts so
 far: an old share shrinks when a new one comes. They are mixed into each epoch, the steps are the same. `replay x4`: each
 four times in an epoch. `carried on`: one optimizer for all shifts, whose residuals and moments stay. `all at once`: one
 training on the clean images and all shifts, of as many steps as the five have together: what there is to reach.
-`zeroth order`: scales and biases by forward passes alone. Learning rates are those that adapt_quality found for one shift:
-nothing was chosen by what is forgotten.
+`zeroth order`: scales and biases by forward passes alone. Learning rates of the CNN are those that adapt_quality found for one
+shift, of the transformer those of recipes; nothing was chosen by what is forgotten.
 
     average       mean accuracy on the clean images and the five shifts, after the last
     forgetting    mean over all of these but the last shift: the best accuracy so far minus that after the last
@@ -51,7 +51,7 @@ from bitsmith.train.loop import train
 
 WORLDS = ("contrast", "rotation", "noise", "blur", "brightness")
 COLUMNS = ("clean", *WORLDS)
-POINT, EPOCHS = "W4", 5
+POINT = "W4"
 SHARE = 0.1  # of the training split, in the replay buffer
 TRAINING_DRAWS = 1000  # added to the seed of the shifts of training images
 MODES = {"qat": "float", "integer": "integer", "zeroth_order": "zeroth_order"}  # of TrainConfig, by family
@@ -83,6 +83,9 @@ CONTENDERS = {
 
 class CNN(Digits):
     """The packed CNN and its fold, clean and under every shift."""
+
+    rounds = 5  # epochs of each shift
+    rates: Mapping[str, float] = RATES["digits"]
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
@@ -119,7 +122,7 @@ class CNN(Digits):
         """Accuracies before the first and after each shift, (1 + shifts, clean and shifts), and what it took."""
         started, model, most, optimizer = time.process_time(), self.start(contender.family), 0, None
         matrix = [self.accuracies(model)]
-        steps = EPOCHS * -(-len(self.data.train_y) // self.size)
+        steps = self.rounds * -(-len(self.data.train_y) // self.size)
         if contender.at_once:
             x = torch.cat([self.train[world] for world in COLUMNS])
             y = self.data.train_y.repeat(len(COLUMNS))
@@ -166,6 +169,8 @@ class ViT(CNN):
     """The same of the vision transformer."""
 
     network, epochs, decay = "digits_vit", 30, 0.05
+    rounds = 3
+    rates: Mapping[str, float] = {"qat": 2e-3, "integer": 1e-2, "zeroth_order": 1e-2}
 
 
 TASKS: dict[str, type[CNN]] = {"cnn": CNN, "vit": ViT}
@@ -208,13 +213,13 @@ def table(entries: Mapping[str, Any], task: str) -> None:
             print(f"{label:<14}" + "".join(f"{100 * value:>12.1f}" for value in row))
 
 
-def named(names: list[str]) -> dict[str, tuple[Contender, float]]:
+def named(task: str, names: list[str]) -> dict[str, tuple[Contender, float]]:
     """Name -> contender and learning rate, of those asked for, or of all."""
     chosen = {}
     for name in names or CONTENDERS:
         base, _, rate = name.partition(" @")
         contender = CONTENDERS[base]
-        chosen[name] = (contender, float(rate or RATES["digits"][contender.family]))
+        chosen[name] = (contender, float(rate or TASKS[task].rates[contender.family]))
     return chosen
 
 
@@ -232,7 +237,7 @@ def main() -> None:
     torch.set_num_threads(1)
     results = _results.load("continual", options.out)
     entries = results.setdefault(options.task, {})
-    chosen = named(options.contenders)
+    chosen = named(options.task, options.contenders)
     for seed in range(0 if options.table else options.seeds):
         entry, unit = entries.setdefault(str(seed), {}), TASKS[options.task](seed)
         for name, (contender, rate) in chosen.items():
