@@ -195,6 +195,7 @@ class Digits:
 
     points = tuple(f"{shift} {bits}" for shift in ("rotation", "contrast") for bits in ("W4", "W3", "W2"))
     steps, size, severity = 160, 32, 5
+    network, epochs, decay = "digits_cnn", 12, 1e-2  # of the float model
 
     def __init__(self, seed: int) -> None:
         self.seed, self.data = seed, load("digits", seed=seed, fold=seed % 5)
@@ -205,8 +206,10 @@ class Digits:
         bits = point.split()[-1]
         if bits not in self.trained:
             torch.manual_seed(self.seed)
-            model, data = build("digits_cnn", seed=self.seed), self.data
-            config = TrainConfig(epochs=12, learning_rate=4e-3, weight_decay=1e-2, seed=self.seed)
+            model, data = build(self.network, seed=self.seed), self.data
+            config = TrainConfig(
+                epochs=self.epochs, learning_rate=4e-3, weight_decay=self.decay, seed=self.seed
+            )
             train(model, data.train_x, data.train_y, config)
             bs.prepare(model, bs.Scheme(bits=int(bits[1:]), granularity="channel"), bs.Scheme(bits=8))
             bs.calibrate(model, [to_float(data.train_x[:256])])
