@@ -139,7 +139,7 @@ def _run(
         model, outcome = compete(recipe, search, float_model, model, data, out, history, seconds, tell)
     write_json(out / "history.json", {"version": 1, **history, **learned})
     coded = None
-    if student is not model:
+    if modes.trains_codes(recipe):
         training = modes.told(recipe, student, start, facts["state_bytes_per_weight"])
         coded = Coded(modes.packed_of(student, model), training)
     return deliver(recipe, out, data, float_model, model, post_training, outcome, seconds, tell, coded)
