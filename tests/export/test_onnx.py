@@ -49,7 +49,7 @@ CASES = {
 
 
 # "W1-8 by channel" holds these widths too
-COVERED = ("W2A2", "W4", "W1A4", "W1-8 by channel, asymmetric")
+COVERED = ("W2A2", "W4", "W1A4", "W4 in groups", "W1-8 by channel, asymmetric")
 
 
 @pytest.mark.parametrize(

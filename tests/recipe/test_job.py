@@ -134,7 +134,7 @@ def data_for(name: str, tmp_path: Path) -> list[str]:
         ]
     few = ["train.batch_size=640", "quantize.calibration_samples=64"]
     if name in ("digits_vit", "progressive", "output_approximation"):
-        return ["model.arguments={width: 16, depth: 2, heads: 2, hidden: 48}", *few]
+        return ["model.arguments={width: 16, depth: 2, heads: 2, hidden: 48}", *few, *CHEAP]
     if name != "cifar10_resnet20":
         return few
     random = np.random.default_rng(0)

@@ -103,6 +103,7 @@ def test_a_run_that_kept_no_float_model_is_scored_without_it(
     assert "float" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_rows_are_asked_one_by_one_where_a_range_is_taken_over_the_batch(sums: Path, tmp_path: Path) -> None:
     settings = (
         f"model.arguments={MODEL}",
