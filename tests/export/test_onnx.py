@@ -127,6 +127,7 @@ def test_layers_and_activations_can_be_watched_inside_the_runtime(path: Path, pa
     torch.testing.assert_close(seen["head"], packed(inputs()), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_larger_model_is_really_smaller_at_fewer_bits(tmp_path: Path) -> None:
     sizes = []
     for bits in (2, 4, 8):

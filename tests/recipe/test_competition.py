@@ -146,6 +146,7 @@ def test_two_budgets_are_both_kept(tmp_path: Path) -> None:
     assert metrics["cost"]["average_weight_bits"] <= 3.2
 
 
+@pytest.mark.slow
 def test_energy_is_estimated_by_the_table_of_the_budget(tmp_path: Path) -> None:
     metrics = searched(
         tmp_path / "run",

@@ -154,8 +154,9 @@ def data_for(name: str, tmp_path: Path) -> list[str]:
     ]
 
 
+LONGER = ("cifar10_resnet20", "fractional_output", "search_anchor")  # search_sharpness is composed, too
 RECIPES = [
-    pytest.param(path.stem, marks=[pytest.mark.slow] if path.stem == "cifar10_resnet20" else [])
+    pytest.param(path.stem, marks=[pytest.mark.slow] if path.stem in LONGER else [])
     for path in sorted((ROOT / "recipes").glob("*.yaml"))
 ]
 

@@ -50,6 +50,7 @@ def test_without_the_package_training_goes_on_and_says_so(
     assert len(result.history) == 2
 
 
+@pytest.mark.slow
 def test_training_without_events_does_not_import_tensorboard() -> None:
     code = "import sys, bitsmith.train; sys.exit('torch.utils.tensorboard' in sys.modules)"
     source = str(Path(__file__).parents[2] / "src")
